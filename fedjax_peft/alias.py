@@ -1,0 +1,115 @@
+"""Aliases: known algorithms, each a few lines of the same mechanism."""
+
+from collections.abc import Callable, Mapping
+
+import optax
+
+from fedjax_peft import algorithm, link, objective, work
+from fedjax_peft import tier as tier_lib
+
+
+def fedavg(
+  model: objective.Model,
+  local: work.Local,
+  *,
+  server: optax.GradientTransformation | None = None,
+  uplink: link.Link | None = None,
+  downlink: link.Link | None = None,
+  placement: Mapping[str, str] | None = None,
+  proximal: float = 0.0,
+) -> algorithm.Algorithm:
+  """Federated averaging (McMahan et al., 2017, arXiv 1602.05629).
+
+  Args:
+    model: what is trained.
+    local: how clients train.
+    server: optax optimizer of the mean delta; None applies it as it is.
+    uplink: what a client's message crosses; None weighs by examples.
+    downlink: what the model crosses on its way to the clients.
+    placement: {regex: "cloud", "device" or "frozen"}.
+    proximal: mu of FedProx.
+  """
+  job = work.train(model, local, rules=placement, proximal=proximal)
+  cloud = tier_lib.tier("cloud", link=uplink, server=server, down=downlink)
+  return algorithm.federated(job, [cloud])
+
+
+def fedprox(
+  model: objective.Model, local: work.Local, *, mu: float, **options
+) -> algorithm.Algorithm:
+  """Clients are held near where they start (Li et al., arXiv 1812.06127)."""
+  return fedavg(model, local, proximal=mu, **options)
+
+
+def fedavgm(
+  model: objective.Model,
+  local: work.Local,
+  *,
+  learning_rate: float = 1.0,
+  momentum: float = 0.9,
+  **options,
+) -> algorithm.Algorithm:
+  """Momentum at the server (Hsu et al., 2019, arXiv 1909.06335)."""
+  server = optax.sgd(learning_rate, momentum=momentum)
+  return fedavg(model, local, server=server, **options)
+
+
+def _adaptive(make: Callable, name: str, paper: str) -> Callable:
+  """An alias for an adaptive server optimizer of Reddi et al."""
+
+  def alias(
+    model: objective.Model,
+    local: work.Local,
+    *,
+    learning_rate: float = 1e-2,
+    eps: float = 1e-3,
+    **options,
+  ) -> algorithm.Algorithm:
+    return fedavg(model, local, server=make(learning_rate, eps), **options)
+
+  alias.__name__ = name
+  alias.__doc__ = f"{paper} at the server (Reddi et al., arXiv 2003.00295)."
+  return alias
+
+
+fedadam = _adaptive(
+  lambda rate, eps: optax.adam(rate, b1=0.9, b2=0.99, eps=eps),
+  "fedadam",
+  "Adam",
+)
+fedyogi = _adaptive(
+  lambda rate, eps: optax.yogi(rate, b1=0.9, b2=0.99, eps=eps),
+  "fedyogi",
+  "Yogi",
+)
+fedadagrad = _adaptive(
+  lambda rate, eps: optax.adagrad(
+    rate, initial_accumulator_value=eps**2, eps=eps
+  ),
+  "fedadagrad",
+  "Adagrad",
+)
+
+
+def fedsgd(
+  model: objective.Model,
+  *,
+  batch: int,
+  server: optax.GradientTransformation,
+  uplink: link.Link | None = None,
+  downlink: link.Link | None = None,
+  placement: Mapping[str, str] | None = None,
+) -> algorithm.Algorithm:
+  """Distributed gradient descent: every client sends its mean gradient.
+
+  Args:
+    model: what is trained.
+    batch: examples whose gradient a client computes at once.
+    server: optax optimizer that takes the step.
+    uplink: see `fedavg`.
+    downlink: see `fedavg`.
+    placement: {regex: "cloud" or "frozen"}.
+  """
+  job = work.gradient(model, batch=batch, rules=placement)
+  cloud = tier_lib.tier("cloud", link=uplink, server=server, down=downlink)
+  return algorithm.federated(job, [cloud])

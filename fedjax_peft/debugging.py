@@ -1,0 +1,96 @@
+"""Debugging: one client after another, eagerly, until one fails.
+
+The same round behind the same interface, without lanes, loops or compilation:
+print and breakpoints work, and an error says whose it was and in which stage.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_peft import executor, tree, work
+
+
+class ClientError(RuntimeError):
+  """A client's job failed; the message names client, round and stage."""
+
+
+def one_by_one(algorithm) -> Callable:
+  """Runs the clients of all devices one after another.
+
+  Args:
+    algorithm: whose `work` is run, and whose `absorb` takes the messages.
+
+  Returns:
+    ((Common, shared, number), (Flight, Schedule)) -> Flight; axis D leads.
+
+  Raises:
+    ClientError: with the client's id, the round, the stage (init, step number
+      or finish) and the shapes it was called with; the cause is chained.
+  """
+
+  def run(shared_args, split_args):
+    common, shared, _ = shared_args
+    flights, plans = split_args
+    done = []
+    for d in range(plans.slot.shape[0]):
+      flight, plan = jax.tree.map(lambda x, d=d: x[d], (flights, plans))
+      for slot in np.unique(plan.slot[plan.slot >= 0]):
+        buffer = _client(algorithm.work, common, flight.group, plan, int(slot))
+        flight = flight._replace(buffer=buffer)
+        flight = algorithm.absorb(common, shared, flight, jnp.array([slot]))
+      # The lanes and the buffer are no part of the result.
+      done.append(flight._replace(lanes=(), buffer=()))
+    return jax.tree.map(lambda *x: jnp.stack(x), *done)
+
+  return run
+
+
+def _client(job, common, group, plan, slot):
+  """One client's job; its buffer has one row."""
+  client = int(group.clients[slot])
+  sent = common.sent
+  if group.nodes is not None:
+    sent = jax.tree.map(lambda x: x[group.nodes[slot]], sent.params)
+    sent = work.Sent(sent, common.sent.extras)
+  local = jax.tree.map(lambda x: x[slot], group.local)
+  key = executor.client_key(common.key, group.clients[slot])
+
+  def stage(name, fun, *args):
+    try:
+      return fun(*args)
+    except Exception as error:
+      shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", args[-1])
+      number = int(common.sent.extras["round"])
+      raise ClientError(
+        f"client {client} failed in round {number}, stage {name}, called "
+        f"with {shapes}: {error}"
+      ) from error
+
+  s, g, t, k = np.nonzero(plan.slot == slot)
+  order = np.lexsort((t, s))
+  carry = stage("init", job.init, sent, common.base, local, key)
+  stats = None
+  for i, rows in enumerate(plan.rows[s, g, t, k][order]):
+    examples = {
+      name: jnp.asarray(np.asarray(x)[np.maximum(rows, 0)])
+      for name, x in common.examples.items()
+    }
+    mask = jnp.asarray(rows >= 0, jnp.float32)
+    batch = work.Batch(examples, mask, jax.random.fold_in(key, i))
+    carry, more = stage(
+      f"step {i}", job.step, carry, sent, common.base, batch
+    )
+    stats = more if stats is None else jax.tree.map(jnp.add, stats, more)
+  message, local = stage("finish", job.finish, carry, sent)
+  if not bool(tree.is_finite(message)):
+    number = int(common.sent.extras["round"])
+    raise ClientError(
+      f"client {client} sent a message that is not finite in round {number}; "
+      "lower its learning rate or look at its data"
+    )
+  return jax.tree.map(
+    lambda x: jnp.asarray(x)[None], executor.Buffer(message, local, stats)
+  )

@@ -1,0 +1,239 @@
+"""Evaluation: how good the model is, for everyone and for the worst off.
+
+Metrics are numerators and denominators per example; they are added up per
+client and over all, so a pooled accuracy and the mean over clients both come
+from the same numbers.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_peft import algorithm as algorithm_lib
+from fedjax_peft import data as data_lib
+from fedjax_peft import executor, launch, objective, placement, validate, work
+from fedjax_peft.data import schedule
+
+Scores = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+class Report(NamedTuple):
+  """What an evaluation found.
+
+  Attributes:
+    record: {name: number}, for the round's record.
+    clients: {column: array [N']}, one entry for every client evaluated.
+  """
+
+  record: dict[str, float]
+  clients: dict[str, np.ndarray]
+
+
+def evaluation(
+  algorithm: algorithm_lib.Algorithm,
+  model: objective.Model,
+  data: data_lib.Population,
+  *,
+  batch: int = 16,
+  settings: launch.Settings | None = None,
+  central: Callable[[dict, dict], Mapping[str, float]] | None = None,
+) -> Callable[[algorithm_lib.State], Report]:
+  """Evaluates a state on held-out data, client by client.
+
+  Every client is tested on its own held-out examples, with the leaves that
+  live on it where the algorithm has such; clients never trained on are
+  reported apart (`unseen/...`), and so is the central test set (`test/...`).
+
+  Args:
+    algorithm: whose placement says what is personal.
+    model: loss and metrics.
+    data: the population.
+    batch: examples evaluated at once on a device.
+    settings: devices and lanes.
+    central: more numbers about the model at the top, (params, base) ->
+      {name: number}, recorded as `central/name`.
+
+  Returns:
+    (state) -> Report. With `x` the metric: `eval/x` pooled over seen clients,
+    `eval/x_mean`, `_median`, `_worst10` (mean of the worst tenth of clients),
+    `_std` and `_jain` (Jain's index, in [1/n, 1]) over clients.
+  """
+  validate.at_least(1, batch=batch)
+  here = launch.Settings("shard_map", len(jax.devices()), 1, 1, 16)
+  settings = here if settings is None else settings
+  score = scorer(model, data.examples, settings, batch)
+  personal = placement.DEVICE in algorithm.work.placement.values()
+  tested = np.flatnonzero(data.heldout.sizes > 0)
+
+  def of_clients(state) -> Scores:
+    if personal:
+      job = _job(model, algorithm.work, batch)
+      params = {k: v for k, v in state.params.items()}
+      return launch.for_each_client(
+        job,
+        data,
+        tested,
+        params=params,
+        base=model.base,
+        local=state.clients.local,
+        rows=data.heldout,
+        settings=settings,
+      )[1]
+    rows = data.heldout
+    return per_client(score(state.params, model.base, rows.rows), rows, tested)
+
+  def run(state) -> Report:
+    scores = of_clients(state)
+    record: dict[str, float] = {}
+    seen = data.seen[tested]
+    for name, which in (("eval", seen), ("unseen", ~seen)):
+      part = {k: (t[which], b[which]) for k, (t, b) in scores.items()}
+      record |= spread(name, part)
+    if data.test.size and not personal:
+      found = score(state.params, model.base, data.test)
+      record |= {
+        f"test/{k}": float(t.sum() / max(b.sum(), 1))
+        for k, (t, b) in found.items()
+      }
+    if central is not None:
+      more = central(state.params, model.base)
+      record |= {f"central/{k}": float(v) for k, v in more.items()}
+    columns = {"client": tested, "seen": seen}
+    columns |= {
+      f"{k}/{end}": x
+      for k, pair in scores.items()
+      for end, x in zip(("numerator", "denominator"), pair, strict=True)
+    }
+    return Report(record, columns)
+
+  return run
+
+
+def scorer(
+  model: objective.Model,
+  examples: Mapping[str, Any],
+  settings: launch.Settings,
+  batch: int,
+) -> Callable[[dict, Any, np.ndarray], Scores]:
+  """Compiles the metrics of single examples.
+
+  Returns:
+    (params, base, rows int [R]) -> {name: (numerator [R], denominator [R])},
+    float32 numpy arrays; `loss` is among them.
+  """
+  spread_over = executor.over(launch.mesh_of(settings))
+  devices = settings.devices
+  resident = launch.everywhere(dict(examples), settings)
+
+  def one(shared, rows):
+    params, base, examples, number = shared
+
+    def scores(rows):
+      taken = {k: v[rows] for k, v in examples.items()}
+      each, metrics, _ = model.loss(params, base, taken, jax.random.key(0))
+      metrics = {"loss": (each, jnp.ones_like(each)), **metrics}
+      return jax.tree.map(jnp.float32, metrics)
+
+    like = jax.eval_shape(scores, rows[0])
+    out = jax.tree.map(
+      lambda x: jnp.zeros((rows.shape[0], *x.shape), x.dtype), like
+    )
+    return jax.lax.fori_loop(
+      0,
+      number,
+      lambda s, out: jax.tree.map(
+        lambda o, x: o.at[s].set(x), out, scores(rows[s])
+      ),
+      out,
+    )
+
+  @jax.jit
+  def run(params, base, examples, rows, number):
+    return spread_over(one)((params, base, examples, number), rows)
+
+  def score(params, base, rows):
+    rows = np.asarray(rows, np.int32)
+    steps = -(-rows.size // (devices * batch))
+    room = schedule.bucket(max(steps, 1))
+    seats = np.zeros(devices * room * batch, np.int32)
+    seats = seats.reshape(devices, room, batch)
+    flat = np.zeros(devices * steps * batch, np.int32)
+    flat[: rows.size] = rows
+    seats[:, :steps] = flat.reshape(devices, steps, batch)
+    found = run(params, base, resident, seats, np.int32(steps))
+    return jax.tree.map(
+      lambda x: np.asarray(x)[:, :steps].reshape(-1)[: rows.size], found
+    )
+
+  return score
+
+
+def per_client(
+  scores: Scores, rows: data_lib.Ragged, clients: np.ndarray
+) -> Scores:
+  """Adds the metrics of single examples up per client.
+
+  Args:
+    scores: one entry for each of `rows.rows`.
+    rows: whose examples they are.
+    clients: int [C], the clients wanted.
+  """
+
+  def add(x):
+    total = np.bincount(rows.owner, weights=x, minlength=len(rows))
+    return total[clients].astype(np.float32)
+
+  return jax.tree.map(add, scores)
+
+
+def spread(prefix: str, scores: Scores) -> dict[str, float]:
+  """Summarizes per-client metrics: pooled, mean, median, worst tenth, Jain.
+
+  The worst tenth is the mean over the ceil(n / 10) clients with the lowest
+  value (for `loss`, the highest).
+  """
+  record = {}
+  for name, (top, bottom) in scores.items():
+    counted = bottom > 0
+    if not counted.any():
+      continue
+    top, bottom = top[counted].astype(np.float64), bottom[counted]
+    value = np.sort(top / bottom)
+    n = value.size
+    tail = value[::-1] if name.endswith("loss") else value
+    squares = float(np.sum(value**2))
+    record |= {
+      f"{prefix}/{name}": float(top.sum() / bottom.sum(dtype=np.float64)),
+      f"{prefix}/{name}_mean": float(value.mean()),
+      f"{prefix}/{name}_median": float(np.median(value)),
+      f"{prefix}/{name}_worst10": float(tail[: -(-n // 10)].mean()),
+      f"{prefix}/{name}_std": float(value.std()),
+    }
+    if not name.endswith("loss"):
+      jain = float(value.sum() ** 2 / (n * squares)) if squares else 1.0
+      record[f"{prefix}/{name}_jain"] = jain
+  return record
+
+
+def _job(model: objective.Model, trained: work.Work, batch: int) -> work.Work:
+  """Testing as a job: the metrics are its stats, and nothing is reported."""
+  owned = [k for k, v in trained.placement.items() if v == placement.DEVICE]
+
+  def init(sent, base, local, key):
+    return {k: local[k] for k in owned}
+
+  def step(carry, sent, base, batch):
+    params = sent.params | carry
+    each, metrics, _ = model.loss(params, base, batch.examples, batch.key)
+    metrics = {"loss": (each, jnp.ones_like(each)), **metrics}
+    return carry, work.masked_metrics(batch.mask, metrics)
+
+  how = work.local(optax.identity(), batch=batch, shuffle=False)
+  return work.Work(
+    init, step, lambda carry, sent: ({}, {}), trained.params, {}, how
+  )
+

@@ -1,0 +1,253 @@
+"""The executor: lanes, ticks, segments.
+
+Lanes are vmapped; a loop runs over ticks; each lane works through several
+clients, one after another. Lanes come in blocks of one fixed width, the only
+shape a matrix product ever sees, so a client's bits do not depend on who
+trains beside it. What is finished in a segment is encoded and reduced before
+the next segment starts: memory is that of the lanes and one segment, however
+large the cohort.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_peft import tree, work
+from fedjax_peft.data import schedule as schedule_lib
+
+PyTree = Any
+
+
+class Cohort(NamedTuple):
+  """Who takes part in a round, on which device, and when.
+
+  Axes: D devices, C places on a device (some empty).
+
+  Attributes:
+    clients: int32 [D, C] ids, -1 = empty.
+    weights: int32 [D, C] examples trained on, 0 = empty.
+    nodes: int32 [D, C], the lowest tier's node that each client talks to.
+    schedule: see `data.schedule`.
+    segments: int32 scalar, how many segments hold work.
+    examples: {feature: [M, ...]}, what the schedule's rows point into.
+  """
+
+  clients: jax.Array
+  weights: jax.Array
+  nodes: jax.Array
+  schedule: schedule_lib.Schedule
+  segments: jax.Array
+  examples: dict[str, jax.Array]
+
+
+class Lane(NamedTuple):
+  """What a lane holds between two ticks; axes [G, K] lead."""
+
+  carry: PyTree
+  stats: PyTree
+  step: jax.Array
+
+
+class Buffer(NamedTuple):
+  """What clients leave when they finish; axis W (a segment's width) leads."""
+
+  message: PyTree
+  local: PyTree
+  stats: PyTree
+
+
+class Common(NamedTuple):
+  """What every lane of every device sees; no client axis anywhere.
+
+  Attributes:
+    sent: what clients start from; leaves [E, ...] when the lowest tier has
+      several nodes.
+    base: frozen weights.
+    examples: {feature: [M, ...]}.
+    key: random key of (seed, round).
+  """
+
+  sent: work.Sent
+  base: PyTree
+  examples: dict[str, jax.Array]
+  key: jax.Array
+
+
+class Group(NamedTuple):
+  """The clients of one device; axis C leads.
+
+  Attributes:
+    clients: int32 [C] ids, -1 = empty.
+    weights: int32 [C].
+    nodes: int32 [C].
+    local: rows of the leaves that live on the clients.
+  """
+
+  clients: jax.Array
+  weights: jax.Array
+  nodes: jax.Array
+  local: PyTree
+
+
+def client_key(key: jax.Array, client: jax.Array) -> jax.Array:
+  """Key of one client in one round, from (seed, round, client id) alone."""
+  return jax.random.fold_in(key, client)
+
+
+def empty(
+  job: work.Work, common: Common, group: Group, shape: tuple, width: int
+) -> tuple[Lane, Buffer]:
+  """Lanes that hold nothing yet, and a buffer that nobody has written to.
+
+  Args:
+    job: what clients do.
+    common: as in a segment.
+    group: as in a segment.
+    shape: (G, K).
+    width: W, rows of the buffer.
+  """
+
+  def one():
+    sent = _own(common.sent, group.nodes, jnp.int32(0))
+    rows = jax.tree.map(lambda x: x[0], group.local)
+    pick = jnp.zeros(job.local.batch, jnp.int32)
+    examples = {k: v[pick] for k, v in common.examples.items()}
+    batch = work.Batch(examples, jnp.ones(job.local.batch), common.key)
+    carry = job.init(sent, common.base, rows, common.key)
+    carry, stats = job.step(carry, sent, common.base, batch)
+    message, local = job.finish(carry, sent)
+    return Lane(carry, stats, jnp.int32(0)), Buffer(message, local, stats)
+
+  lane, buffer = jax.eval_shape(one)
+
+  def zeros(lead, like):
+    return jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), like)
+
+  return zeros(shape, lane), zeros((width,), buffer)
+
+
+def _own(sent: work.Sent, nodes, slot):
+  """What the client in a slot was sent, if nodes differ in what they send."""
+  if nodes is None:
+    return sent
+  node = nodes[slot]
+  return sent._replace(params={k: v[node] for k, v in sent.params.items()})
+
+
+def segment(
+  job: work.Work,
+  common: Common,
+  group: Group,
+  lanes: Lane,
+  buffer: Buffer,
+  plan: schedule_lib.Schedule,
+) -> tuple[Lane, Buffer]:
+  """Runs one segment of one device's schedule.
+
+  Blocks run one after another; each runs its own number of ticks, so the tail
+  behind one long client costs one block, not all of them.
+
+  Args:
+    job: what clients do.
+    common: what all share.
+    group: the device's clients.
+    lanes: as the last segment left them.
+    buffer: of W rows; what it holds does not matter.
+    plan: the segment's part of the schedule: rows [G, T, K, B], slot, first
+      and out [G, T, K], slots [W], ticks [G].
+
+  Returns:
+    (lanes, buffer): the lanes as they are now, and what the clients left that
+    finished in this segment, in the rows that `plan.slots` names.
+  """
+  width = plan.slots.shape[0]
+  nodes = None if group.nodes is None else True
+
+  def tick(lane, buffer, rows, slot, first, out):
+    place = jnp.maximum(slot, 0)
+    examples = {
+      k: v[jnp.maximum(rows, 0)] for k, v in common.examples.items()
+    }
+    mask = (rows >= 0).astype(jnp.float32)
+    keys = jax.vmap(client_key, (None, 0))(common.key, group.clients[place])
+    count = jnp.where(first, 0, lane.step)
+    batch = work.Batch(examples, mask, jax.vmap(jax.random.fold_in)(keys, count))
+    sent = _own(common.sent, group.nodes, place)
+    axis = work.Sent(0 if nodes else None, None)
+    local = jax.tree.map(lambda x: x[place], group.local)
+    fresh = jax.vmap(job.init, (axis, None, 0, 0))(
+      sent, common.base, local, keys
+    )
+    carry = tree.where(first, fresh, lane.carry)
+    carry, stats = jax.vmap(job.step, (0, axis, None, 0))(
+      carry, sent, common.base, batch
+    )
+    stats = jax.tree.map(
+      lambda new, old: new + jnp.where(first, 0, old), stats, lane.stats
+    )
+
+    def write(buffer):
+      message, rows = jax.vmap(job.finish, (0, axis))(carry, sent)
+      done = Buffer(message, rows, stats)
+      return jax.tree.map(
+        lambda b, x: b.at[out].set(x, mode="drop"), buffer, done
+      )
+
+    # One branch runs: no vmap is above this.
+    buffer = jax.lax.cond(jnp.any(out < width), write, lambda b: b, buffer)
+    return Lane(carry, stats, count + 1), buffer
+
+  def block(g, state):
+    lanes, buffer = state
+    lane = jax.tree.map(lambda x: x[g], lanes)
+
+    def one(t, state):
+      at = (g, t)
+      return tick(
+        *state, plan.rows[at], plan.slot[at], plan.first[at], plan.out[at]
+      )
+
+    lane, buffer = jax.lax.fori_loop(0, plan.ticks[g], one, (lane, buffer))
+    lanes = jax.tree.map(lambda x, y: x.at[g].set(y), lanes, lane)
+    return lanes, buffer
+
+  blocks = plan.ticks.shape[0]
+  if blocks == 1:
+    return block(0, (lanes, buffer))
+  return jax.lax.fori_loop(0, blocks, block, (lanes, buffer))
+
+
+def one_by_one(fun: Callable) -> Callable:
+  """Maps fun(shared, split) over the leading axis of split, in a loop."""
+
+  def run(shared, split):
+    return jax.lax.map(lambda x: fun(shared, x), split)
+
+  return run
+
+
+def over(mesh: jax.sharding.Mesh) -> Callable:
+  """Maps fun(shared, split) over a mesh's devices, axis `clients`.
+
+  Returns:
+    spread(fun), for use under jit; `split` has one entry for each device.
+  """
+  split_over = jax.sharding.PartitionSpec("clients")
+  everywhere = jax.sharding.PartitionSpec()
+
+  def spread(fun):
+    def local(shared, split):
+      out = fun(shared, jax.tree.map(lambda x: x[0], split))
+      return jax.tree.map(lambda x: x[None], out)
+
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(everywhere, split_over),
+      out_specs=split_over,
+      check_vma=False,
+    )
+
+  return spread

@@ -1,0 +1,92 @@
+"""Weighing: a client counts as much as it has examples.
+
+The weight travels with the message as an integer, so a mask or a modulus at
+the right of this link protects it too, and the mean is exact in the weights.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_peft import link, tree, validate
+
+
+class Weighed(NamedTuple):
+  """A message times its weight, and the weight.
+
+  Attributes:
+    message: pytree, multiplied by the weight.
+    weight: int32 scalar; 0 = absent.
+  """
+
+  message: Any
+  weight: jax.Array
+
+
+def weigh(
+  by: Literal["examples", "clients"] = "examples",
+  *,
+  max_weight: int | None = None,
+) -> link.Link:
+  """Multiplies a message by its weight; on the sum it divides by theirs.
+
+  The value of an exchange with this link is sum(w m) / sum(w), and zero if
+  nobody took part.
+
+  Args:
+    by: "examples" weighs by the number of training examples, "clients" gives
+      everyone present the same weight 1.
+    max_weight: larger example counts are cut to this. Needed wherever a range
+      or a sensitivity must be known (fixed_point, masks, privacy).
+
+  Returns:
+    A link with `receive_on="sum"`. The L2 bound grows by `max_weight`.
+
+  Raises:
+    ValueError: if `max_weight` is below 1, or `by` is not known.
+  """
+  validate.one_of(["examples", "clients"], by=by)
+  if max_weight is not None:
+    validate.at_least(1, max_weight=max_weight)
+  top = 1 if by == "clients" else max_weight
+
+  def weight_of(ctx):
+    weight = ctx.weight.astype(jnp.int32)
+    return weight if top is None else jnp.minimum(weight, top)
+
+  def send(message, mine, shared, ctx):
+    weight = weight_of(ctx)
+    return Weighed(tree.scale(message, weight), weight), mine, {}
+
+  def receive(wire, shared, roster, key):
+    total = jnp.maximum(wire.weight, 1)
+
+    def mean(x):
+      if tree.is_float(x):
+        return x / total.astype(x.dtype)
+      return x
+
+    return jax.tree.map(mean, wire.message), shared
+
+  def init(spec):
+    return (), ()
+
+  def after(spec):
+    factor = math.inf if top is None else top
+    return spec._replace(
+      message=Weighed(spec.message, jax.ShapeDtypeStruct((), jnp.int32)),
+      bound=spec.bound * factor,
+      count=factor,
+    )
+
+  return link.Link(
+    name="weigh",
+    init=init,
+    send=send,
+    receive=receive,
+    after=after,
+    receive_on="sum",
+    factored=True,
+  )

@@ -1,0 +1,256 @@
+"""A causal language model of the Llama family, pre-normalized.
+
+One module for Llama, SmolLM, Qwen 2 and 3 and Gemma: what differs is in
+`DecoderConfig`.
+
+Touvron et al., LLaMA, 2023, https://arxiv.org/abs/2302.13971
+Su et al., RoFormer (rotary positions), 2021, https://arxiv.org/abs/2104.09864
+Ainslie et al., Grouped-query attention, 2023, https://arxiv.org/abs/2305.13245
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedjax_peft.models import stack
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Shape of a `Decoder`; the defaults are those of SmolLM2-135M.
+
+  Attributes:
+    vocab: number of token ids `V`.
+    width: size of the residual stream `D`.
+    depth: number of blocks.
+    heads: query heads.
+    groups: key and value heads; divides `heads`.
+    head_width: size of one head, even; None is `width // heads`.
+    ffn: size of the hidden layer of a block.
+    eps: RMSNorm epsilon.
+    theta: base of the rotary wavelengths.
+    activation: of the gate: "silu", "gelu" (erf) or "gelu_tanh".
+    tied: the output projection is the embedding table.
+    bias: query, key and value have a bias (Qwen 2).
+    head_norm: RMSNorm on each query and key head (Qwen 3).
+    embedding_scale: factor on the embedded tokens (Gemma: sqrt(width)).
+    keep: what a block stores for the backward pass: "all", "dots" (matrix
+      products; the rest is computed again) or "none" (only its input).
+    unroll: repeat the block instead of scanning; see `stack.apply`.
+  """
+
+  vocab: int = 49152
+  width: int = 576
+  depth: int = 30
+  heads: int = 9
+  groups: int = 3
+  head_width: int | None = None
+  ffn: int = 1536
+  eps: float = 1e-5
+  theta: float = 1e5
+  activation: str = "silu"
+  tied: bool = True
+  bias: bool = False
+  head_norm: bool = False
+  embedding_scale: float = 1.0
+  keep: str = "dots"
+  unroll: bool = False
+
+  def __post_init__(self):
+    stack.check(self, "vocab", "width", "depth", "heads", "groups", "ffn")
+    if self.heads % self.groups:
+      raise ValueError(
+        f"groups must divide heads: heads={self.heads} groups={self.groups}"
+      )
+    if self.head_width is None and self.width % self.heads:
+      raise ValueError(
+        f"heads must divide width: width={self.width} heads={self.heads};"
+        " set head_width"
+      )
+    if self.per_head % 2:
+      raise ValueError(
+        f"rotary heads must have an even width: head_width={self.per_head}"
+      )
+    if self.activation not in _ACTIVATIONS:
+      raise ValueError(
+        f"activation must be one of {sorted(_ACTIVATIONS)}:"
+        f" activation={self.activation!r}"
+      )
+
+  @property
+  def per_head(self) -> int:
+    """Size of one attention head."""
+    return self.head_width or self.width // self.heads
+
+
+class Embeddings(nnx.Module):
+  """The token table, scaled on the way in."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.token = nnx.Embed(config.vocab, config.width, rngs=rngs)
+    self.scale = config.embedding_scale
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Tokens int32 `[B, T]` to the stream `[B, T, D]`."""
+    return self.token(tokens) * self.scale
+
+
+class Attention(nnx.Module):
+  """Causal grouped-query attention; scores and softmax are in float32."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    inner = config.heads * config.per_head
+    shared = config.groups * config.per_head
+    linear = functools.partial(nnx.Linear, use_bias=config.bias, rngs=rngs)
+    self.query = linear(config.width, inner)
+    self.key = linear(config.width, shared)
+    self.value = linear(config.width, shared)
+    self.output = nnx.Linear(inner, config.width, use_bias=False, rngs=rngs)
+    norm = functools.partial(_norm, config.per_head, config, rngs)
+    self.query_norm = norm() if config.head_norm else None
+    self.key_norm = norm() if config.head_norm else None
+    self.width = config.per_head
+    self.groups = config.groups
+
+  def __call__(self, x: jax.Array, rotation: jax.Array) -> jax.Array:
+    """Mixes x `[B, T, D]`; rotation is the table of `_rotation`."""
+
+    def split(t):  # [B, T, heads, d]
+      heads = (t.shape[-1] // self.width, self.width)
+      return t.astype(jnp.float32).reshape(*t.shape[:-1], *heads)
+
+    query, key = split(self.query(x)), split(self.key(x))
+    value = split(self.value(x))
+    if self.query_norm is not None and self.key_norm is not None:
+      query, key = self.query_norm(query), self.key_norm(key)
+    query, key = _rotate(query, rotation), _rotate(key, rotation)
+    query = query * self.width**-0.5
+    # One key head serves `r` query heads: [B, T, groups, r, d].
+    query = query.reshape(*query.shape[:2], self.groups, -1, self.width)
+    scores = jnp.einsum("bqgrd,bkgd->bgrqk", query, key)
+    causal = jnp.tri(x.shape[1], dtype=bool)
+    scores = jnp.where(causal[None, None, None], scores, -1e30)
+    mixed = jnp.einsum("bgrqk,bkgd->bqgrd", jax.nn.softmax(scores), value)
+    return self.output(mixed.reshape(*x.shape[:-1], -1).astype(x.dtype))
+
+
+class FeedForward(nnx.Module):
+  """A gated pair of dense layers (SwiGLU, or GeGLU)."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+    self.gate = linear(config.width, config.ffn)
+    self.up = linear(config.width, config.ffn)
+    self.down = linear(config.ffn, config.width)
+    self.activation = config.activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """The same map on each token of x `[B, T, D]`."""
+    return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+  """Attention and feed-forward, each of the normalized stream, added to it."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.attention_norm = _norm(config.width, config, rngs)
+    self.attention = Attention(config, rngs)
+    self.ffn_norm = _norm(config.width, config, rngs)
+    self.ffn = FeedForward(config, rngs)
+
+  def __call__(self, x: jax.Array, rotation: jax.Array) -> jax.Array:
+    """The stream x `[B, T, D]` after this block."""
+    x = x + self.attention(self.attention_norm(x), rotation)
+    return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nnx.Module):
+  """Tokens to the logits of each next token.
+
+  Layers are at `layers/attention/{query,key,value,output}`,
+  `layers/ffn/{gate,up,down}`, `layers/{attention,ffn}_norm` (stacked over
+  depth), `embeddings/token`, `norm` and, if not tied, `head`.
+
+  Example:
+    >>> config = DecoderConfig(
+    ...   vocab=9, width=8, depth=2, heads=2, groups=1, ffn=16
+    ... )
+    >>> decoder = Decoder(config, nnx.Rngs(0))
+    >>> tokens = jnp.array([[3, 4, 0]], jnp.int32)
+    >>> decoder(tokens, jnp.array([2], jnp.int32)).shape
+    (1, 3, 9)
+  """
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.embeddings = Embeddings(config, rngs)
+    self.layers = stack.build(
+      functools.partial(Block, config), config.depth, rngs
+    )
+    self.norm = _norm(config.width, config, rngs)
+    linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+    self.head = None if config.tied else linear(config.width, config.vocab)
+
+  def __call__(
+    self, tokens: jax.Array, length: jax.Array | None = None
+  ) -> jax.Array:
+    """Predicts the token after each position.
+
+    Args:
+      tokens: int32 `[B, T]`.
+      length: int32 `[B]`, number of valid tokens. Padding is on the right, so
+        no valid position can see it and no mask is needed; what comes out at
+        padding positions means nothing.
+
+    Returns:
+      Logits float32 `[B, T, V]`.
+    """
+    return self.unembed(self.hidden(tokens, length))
+
+  def hidden(
+    self, tokens: jax.Array, length: jax.Array | None = None
+  ) -> jax.Array:
+    """The normalized stream `[B, T, D]`; arguments as for a call."""
+    del length
+    x = self.embeddings(tokens)
+    rotation = _rotation(tokens.shape[-1], self.config)
+    keep, unroll = self.config.keep, self.config.unroll
+    x = stack.apply(self.layers, x, rotation, keep=keep, unroll=unroll)
+    return self.norm(x)
+
+  def unembed(self, hidden: jax.Array) -> jax.Array:
+    """Logits float32 `[..., V]` of the stream `[..., D]`."""
+    if self.head is None:
+      return self.embeddings.token.attend(hidden).astype(jnp.float32)
+    return self.head(hidden).astype(jnp.float32)
+
+
+def _norm(width, config, rngs):
+  """RMSNorm."""
+  return nnx.RMSNorm(width, epsilon=config.eps, rngs=rngs)
+
+
+def _rotation(length, config):
+  """Cosine and sine of the rotary angles, float32 [2, T, d / 2]."""
+  half = config.per_head // 2
+  wave = config.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  position = jnp.arange(length, dtype=jnp.float32)
+  angle = position[:, None] * wave[None]  # [T, d / 2]
+  return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def _rotate(x, rotation):
+  """Rotates the pairs (i, i + d / 2) of x [B, T, heads, d]."""
+  cos, sin = rotation[:, None, :, None, :]  # [1, T, 1, d / 2]
+  a, b = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -1,0 +1,249 @@
+"""A bidirectional text encoder of the BERT family, post-layernorm.
+
+Devlin et al., BERT, 2018, https://arxiv.org/abs/1810.04805
+Reimers and Gurevych, Sentence-BERT, 2019, https://arxiv.org/abs/1908.10084
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedjax_peft.models import stack
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+}
+_POOLS = ("first", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """Shape of an `Encoder`; the defaults are those of MiniLM-L6.
+
+  Attributes:
+    vocab: number of token ids `V`.
+    width: size of the residual stream `D`.
+    depth: number of blocks.
+    heads: attention heads.
+    head_width: size of one head; None is `width // heads`.
+    ffn: size of the hidden layer of a block.
+    positions: longest sequence the position table covers.
+    types: rows of the token-type table (row 0 is used); 0 is no table.
+    eps: layernorm epsilon.
+    activation: "gelu" (erf), "gelu_tanh" or "relu".
+    pool: "mean" over the valid tokens or the "first" token.
+    pooler: a tanh dense layer on what was pooled, as in BERT.
+    classes: outputs of the head; 0 is no head, the embedding is returned.
+    keep: what a block stores for the backward pass: "all", "dots" (matrix
+      products; the rest is computed again) or "none" (only its input).
+    unroll: repeat the block instead of scanning; see `stack.apply`.
+  """
+
+  vocab: int = 30522
+  width: int = 384
+  depth: int = 6
+  heads: int = 12
+  head_width: int | None = None
+  ffn: int = 1536
+  positions: int = 512
+  types: int = 2
+  eps: float = 1e-12
+  activation: str = "gelu"
+  pool: str = "mean"
+  pooler: bool = False
+  classes: int = 0
+  keep: str = "dots"
+  unroll: bool = False
+
+  def __post_init__(self):
+    stack.check(self, "vocab", "width", "depth", "heads", "ffn", "positions")
+    if min(self.types, self.classes) < 0:
+      raise ValueError(
+        "types and classes must not be negative:"
+        f" types={self.types} classes={self.classes}"
+      )
+    if self.head_width is None and self.width % self.heads:
+      raise ValueError(
+        f"heads must divide width: width={self.width} heads={self.heads};"
+        " set head_width"
+      )
+    if self.activation not in _ACTIVATIONS:
+      raise ValueError(
+        f"activation must be one of {sorted(_ACTIVATIONS)}:"
+        f" activation={self.activation!r}"
+      )
+    if self.pool not in _POOLS:
+      raise ValueError(f"pool must be one of {_POOLS}: pool={self.pool!r}")
+
+  @property
+  def per_head(self) -> int:
+    """Size of one attention head."""
+    return self.head_width or self.width // self.heads
+
+
+class Embeddings(nnx.Module):
+  """Token + position + type 0, normalized."""
+
+  def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    self.token = nnx.Embed(config.vocab, config.width, rngs=rngs)
+    self.position = nnx.Embed(config.positions, config.width, rngs=rngs)
+    self.type = (
+      nnx.Embed(config.types, config.width, rngs=rngs) if config.types else None
+    )
+    self.norm = _norm(config, rngs)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Tokens int32 `[B, T]` to the stream `[B, T, D]`."""
+    x = self.token(tokens)
+    x = x + self.position(jnp.arange(tokens.shape[-1]))[None]
+    if self.type is not None:
+      x = x + self.type(jnp.zeros((1, 1), jnp.int32))
+    return self.norm(x)
+
+
+class Attention(nnx.Module):
+  """Multi-head self-attention; scores and their softmax are in float32."""
+
+  def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    inner = config.heads * config.per_head
+    self.query = nnx.Linear(config.width, inner, rngs=rngs)
+    self.key = nnx.Linear(config.width, inner, rngs=rngs)
+    self.value = nnx.Linear(config.width, inner, rngs=rngs)
+    self.output = nnx.Linear(inner, config.width, rngs=rngs)
+    self.heads = config.heads
+
+  def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """Mixes x `[B, T, D]` over the tokens that are valid, bool `[B, T]`."""
+
+    def split(t):
+      return t.astype(jnp.float32).reshape(*t.shape[:-1], self.heads, -1)
+
+    # Scaling the query is cheaper than scaling the scores when T > head width,
+    # and fuses with the cast and the bias.
+    query, key = split(self.query(x)), split(self.key(x))  # [B, T, heads, d]
+    value = split(self.value(x))
+    query = query * (query.shape[-1] ** -0.5)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    if valid is not None:
+      scores = jnp.where(valid[:, None, None, :], scores, -1e30)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+    return self.output(mixed.reshape(*x.shape[:-1], -1).astype(x.dtype))
+
+
+class FeedForward(nnx.Module):
+  """Two dense layers with an activation between."""
+
+  def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    self.up = nnx.Linear(config.width, config.ffn, rngs=rngs)
+    self.down = nnx.Linear(config.ffn, config.width, rngs=rngs)
+    self.activation = config.activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """The same map on each token of x `[B, T, D]`."""
+    return self.down(_ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Block(nnx.Module):
+  """Attention and feed-forward, each added to its input and normalized."""
+
+  def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    self.attention = Attention(config, rngs)
+    self.attention_norm = _norm(config, rngs)
+    self.ffn = FeedForward(config, rngs)
+    self.ffn_norm = _norm(config, rngs)
+
+  def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The stream x `[B, T, D]` after this block."""
+    x = self.attention_norm(x + self.attention(x, valid))
+    return self.ffn_norm(x + self.ffn(x))
+
+
+class Encoder(nnx.Module):
+  """Tokens to class logits, or to one embedding a text.
+
+  Layers are at `layers/attention/{query,key,value,output}`,
+  `layers/ffn/{up,down}`, `layers/{attention,ffn}_norm` (stacked over depth),
+  `embeddings/{token,position,type,norm}`, `pooler` and `head`.
+
+  Example:
+    >>> config = EncoderConfig(vocab=9, width=8, depth=2, heads=2, ffn=16)
+    >>> encoder = Encoder(config, nnx.Rngs(0))
+    >>> tokens = jnp.array([[3, 4, 0]], jnp.int32)
+    >>> encoder(tokens, jnp.array([2], jnp.int32)).shape
+    (1, 8)
+  """
+
+  def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.embeddings = Embeddings(config, rngs)
+    self.layers = stack.build(
+      functools.partial(Block, config), config.depth, rngs
+    )
+    self.pooler = (
+      nnx.Linear(config.width, config.width, rngs=rngs)
+      if config.pooler
+      else None
+    )
+    self.head = (
+      nnx.Linear(config.width, config.classes, rngs=rngs)
+      if config.classes
+      else None
+    )
+
+  def __call__(
+    self, tokens: jax.Array, length: jax.Array | None = None
+  ) -> jax.Array:
+    """Encodes a batch of texts.
+
+    Args:
+      tokens: int32 `[B, T]`, `T <= config.positions`.
+      length: int32 `[B]`, number of valid tokens, the rest is padding and has
+        no influence; None says that all tokens are valid, and skips the masks.
+
+    Returns:
+      Logits `[B, classes]`, or the pooled embedding `[B, D]` (not normalized
+      to length one) if `classes` is 0.
+
+    Raises:
+      ValueError: if `T` exceeds the position table.
+    """
+    if tokens.shape[-1] > self.config.positions:
+      raise ValueError(
+        f"texts must have at most {self.config.positions} tokens:"
+        f" tokens.shape={tokens.shape}; truncate them"
+      )
+    valid = None
+    if length is not None:
+      valid = jnp.arange(tokens.shape[-1])[None] < length[:, None]  # [B, T]
+    x = self.hidden(tokens, valid)
+    x = x[:, 0] if self.config.pool == "first" else _mean(x, valid)  # [B, D]
+    if self.pooler is not None:
+      x = jnp.tanh(self.pooler(x))
+    return x if self.head is None else self.head(x)
+
+  def hidden(self, tokens: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """The last block's stream `[B, T, D]`; `valid` is bool `[B, T]`."""
+    x = self.embeddings(tokens)
+    keep, unroll = self.config.keep, self.config.unroll
+    return stack.apply(self.layers, x, valid, keep=keep, unroll=unroll)
+
+
+def _norm(config, rngs):
+  """A layernorm whose variance does not cancel (no E[x^2] - E[x]^2)."""
+  return nnx.LayerNorm(
+    config.width, epsilon=config.eps, use_fast_variance=False, rngs=rngs
+  )
+
+
+def _mean(x, valid):
+  """Mean over the valid tokens; zero for an empty text."""
+  if valid is None:
+    return x.mean(1)
+  weight = valid[..., None].astype(x.dtype)  # [B, T, 1]
+  return (x * weight).sum(1) / jnp.maximum(weight.sum(1), 1)

@@ -1,0 +1,85 @@
+"""Stacked layers: one block whose variables carry a leading depth axis.
+
+The forward pass scans over that axis, so the compiled program holds one block
+whatever the depth, and the end of each block is a fusion barrier: without one,
+XLA's CPU backend recomputes the residual stream in every layernorm.
+"""
+
+import operator
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+# Under a scan every stored value is copied into a stacked buffer, so storing
+# only matrix products and redoing what lies between is less memory and faster.
+KEEP = {
+  "all": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "none": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def build(
+  make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs
+) -> nnx.Module:
+  """Builds `depth` blocks as one module with a leading axis on each variable.
+
+  Args:
+    make: builds one block from its own random streams.
+    depth: number of blocks, >= 1.
+    rngs: where the per-block keys come from.
+
+  Returns:
+    A module of the structure of `make(rngs)`; every leaf is `[depth, ...]`.
+  """
+  keys = jax.random.split(rngs.params(), depth)
+  return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+
+
+def apply(
+  layers: nnx.Module,
+  x: jax.Array,
+  *shared,
+  keep: str = "dots",
+  unroll: bool = False,
+) -> jax.Array:
+  """Runs `x = block(x, *shared)` over the leading axis of `layers`.
+
+  Args:
+    layers: a stacked block, from `build`; its projections may since have been
+      replaced by other layers whose variables carry the same leading axis.
+    x: the residual stream, any shape; every block keeps shape and dtype.
+    *shared: what all blocks read (masks, rotations); arrays, trees or None.
+    keep: what of a block is stored for the backward pass, a key of `KEEP`.
+    unroll: repeat the block in the program instead of scanning: faster on a
+      CPU for few layers, but compile time grows with depth.
+
+  Returns:
+    The stream after the last block.
+  """
+  graph, state = nnx.split(layers)
+
+  def step(x, state):
+    return nnx.merge(graph, state)(x, *shared), None
+
+  if keep != "all":
+    step = jax.checkpoint(step, policy=KEEP[keep], prevent_cse=unroll)
+  if not unroll:
+    return jax.lax.scan(step, x, state)[0]
+  for i in range(jax.tree.leaves(state)[0].shape[0]):
+    x, _ = step(x, jax.tree.map(operator.itemgetter(i), state))
+  return x
+
+
+def check(config, *positive: str):
+  """Raises ValueError unless the named fields are >= 1 and `keep` is known."""
+  for name in positive:
+    if getattr(config, name) < 1:
+      raise ValueError(
+        f"{name} must be at least 1: {name}={getattr(config, name)}"
+      )
+  if config.keep not in KEEP:
+    raise ValueError(
+      f"keep must be one of {sorted(KEEP)}: keep={config.keep!r}"
+    )

@@ -1,0 +1,98 @@
+"""The objective: a module taken apart, and the loss that is minimized.
+
+What clients train (`params`) and what they share (`base`) are separate
+arguments from here on: the base is never differentiated, and under `vmap` over
+clients it has no client axis.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedjax_peft import peft, validate
+
+Params = dict[str, jax.Array]
+
+
+class Model(NamedTuple):
+  """A module split into arguments, with its loss.
+
+  Attributes:
+    params: {path: array}, what can be trained, and variables that change in
+      the forward pass (`mutable`).
+    base: {path: array}, frozen; an argument of everything, never batched.
+    mutable: paths in `params` that the forward pass changes and no gradient
+      touches (batch statistics).
+    loss: (params, base, examples, key) -> (per_example [B], metrics, changed),
+      `changed` holding the new values of the mutable paths.
+    module: (params, base) -> nnx.Module, ready to be called.
+  """
+
+  params: Params
+  base: Params
+  mutable: frozenset[str]
+  loss: Callable
+  module: Callable
+
+
+def model(
+  module: nnx.Module,
+  loss: Callable[[nnx.Module, Mapping[str, Any], jax.Array], tuple],
+  *,
+  precision: Literal["bf16", "float32"] = "bf16",
+) -> Model:
+  """Takes a module apart into what is trained and what is shared.
+
+  Args:
+    module: any NNX module, with adapters (`peft.lora`, `peft.tune`) or without
+      (then all its `nnx.Param`s are trained). It is not changed.
+    loss: loss(module, examples, key) -> (per_example [B], metrics), metrics
+      {name: (numerator [B], denominator [B])}.
+    precision: of the frozen matrix products. "bf16": inputs rounded to
+      bfloat16, accumulated in float32; "float32": as they are. What is
+      trained is float32 in both.
+
+  Returns:
+    A Model; merge it back with `model.module(params, model.base)`.
+  """
+  validate.one_of(["bf16", "float32"], precision=precision)
+  split = peft.split(peft.freeze(module, precision=precision))
+
+  def merge(params, base, key):
+    trained = {k: params[k] for k in split.params}
+    mutable = {k: params[k] for k in split.mutable}
+    rng = _reseed(split.rng, key)
+    return peft.merge(split.graph, trained, rng, mutable, base)
+
+  def loss_(params, base, examples, key):
+    merged = merge(params, base, key)
+    per_example, metrics = loss(merged, examples, key)
+    changed = peft.split(merged).mutable if split.mutable else {}
+    return per_example, metrics, changed
+
+  def rebuild(params, base, key=None):
+    key = jax.random.key(0) if key is None else key
+    return merge(params, base, key)
+
+  return Model(
+    params={**split.params, **split.mutable},
+    base=split.base,
+    mutable=frozenset(split.mutable),
+    loss=loss_,
+    module=rebuild,
+  )
+
+
+def _reseed(rng: Params, key: jax.Array) -> Params:
+  """Gives every random stream of a module a key of its own, counting from 0."""
+
+  def one(i, x):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      own = jax.random.fold_in(key, i)
+      return jax.random.split(own, x.shape) if x.shape else own
+    return jnp.zeros_like(x)
+
+  return {name: one(i, x) for i, (name, x) in enumerate(sorted(rng.items()))}

@@ -1,0 +1,50 @@
+"""Placement: where a leaf lives, as a label.
+
+FedAvg labels nothing: every leaf travels to the top. A leaf labelled with the
+name of a lower tier stops there, "device" never leaves its client, "frozen"
+never changes. So personalization is leaves that do not travel.
+"""
+
+from collections.abc import Mapping, Set
+
+from fedjax_peft import validate
+
+DEVICE, FROZEN = "device", "frozen"
+
+
+def resolve(
+  names: list[str],
+  rules: Mapping[str, str] | None,
+  tiers: list[str],
+  mutable: Set[str] = frozenset(),
+) -> dict[str, str]:
+  """Labels every leaf.
+
+  Args:
+    names: paths of the leaves.
+    rules: {regex: label}, the first that matches the whole path wins.
+    tiers: names of the tiers, lowest first; the last is the default label.
+    mutable: leaves that the forward pass changes; each needs a rule.
+
+  Returns:
+    {path: label}, label in `tiers`, "device" or "frozen".
+
+  Raises:
+    ValueError: unknown label, a regex without a match, a mutable leaf without
+      a rule, or nothing left to train.
+  """
+  found = validate.labels(names, rules or {}, [*tiers, DEVICE, FROZEN])
+  for name in sorted(mutable):
+    if name not in found:
+      raise ValueError(
+        f"'{name}' changes in the forward pass and must be placed: got no rule "
+        f"for it; write placement={{{name!r}: '{tiers[-1]}'}} (averaged), "
+        "'device' (each client its own) or 'frozen'"
+      )
+  placed = {name: found.get(name, tiers[-1]) for name in names}
+  if all(label == FROZEN for label in placed.values()):
+    raise ValueError(
+      "placement froze every parameter, so nothing is left to train; freeze "
+      "fewer"
+    )
+  return placed

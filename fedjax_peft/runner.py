@@ -1,0 +1,143 @@
+"""Running: rounds one after another, as a generator of states and records."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from fedjax_peft import algorithm as algorithm_lib
+from fedjax_peft import data as data_lib
+from fedjax_peft import evaluate as evaluate_lib
+from fedjax_peft import launch, objective, sampling, validate
+
+
+class Record(dict):
+  """What one round was like: a flat dict of numbers that prints as a line."""
+
+  def __str__(self) -> str:
+    parts = [f"{self['round']}/{self['rounds']}"]
+    for key, text in (
+      ("train/loss", "loss {:.3f}"),
+      ("eval/accuracy", "acc {:.3f}"),
+      ("eval/accuracy_worst10", "(worst 10% {:.3f})"),
+    ):
+      if key in self:
+        parts.append(text.format(self[key]))
+    if "up_bytes_client" in self:
+      parts.append(f"up {self['up_bytes_client'] / 1000:.0f} kB/client")
+    parts.append(f"{self['wall/seconds']:.1f} s")
+    return "  ".join(parts)
+
+
+def run(
+  algorithm: algorithm_lib.Algorithm,
+  model: objective.Model,
+  data: data_lib.Population,
+  *,
+  cohort: sampling.Sampler,
+  rounds: int,
+  seed: int = 0,
+  settings: launch.Settings | None = None,
+  state: algorithm_lib.State | None = None,
+  evaluate: Callable[[algorithm_lib.State], evaluate_lib.Report] | None = None,
+  every: int = 1,
+  tables: Callable[[int, dict], Any] | None = None,
+) -> Iterator[tuple[algorithm_lib.State, Record]]:
+  """Runs rounds and yields (state, record) after each.
+
+  Args:
+    algorithm: what happens in a round.
+    model: its base is what all clients share.
+    data: the population.
+    cohort: who takes part.
+    rounds: how many rounds the run has, those in `state` included.
+    seed: all randomness follows from it.
+    settings: how rounds are executed; None asks `launch.choose`.
+    state: where to go on; None starts afresh.
+    evaluate: measures a state; see `evaluate.evaluation`. None measures
+      nothing but the clients' training.
+    every: rounds between two evaluations; the last round is always measured.
+    tables: called with (round, per-client columns) after an evaluation.
+
+  Yields:
+    (state, record). The rows of a state that live on the clients are updated
+    in place by the next round: copy what you want to keep. Keys of a record
+    under `wall/` depend on the machine, no others do.
+
+  Raises:
+    ValueError: if the cohort, the links or the data do not fit, before any
+      round is run.
+  """
+  validate.at_least(1, rounds=rounds, every=every)
+  most = cohort.most(data)
+  sampling.cohort_of(cohort, data, seed, 0)
+  if state is None:
+    state = algorithm.init(clients=len(data), cohort=most)
+  if settings is None:
+    settings = launch.choose(algorithm, model.base, data.examples, most)
+  streamed = settings.executor in ("stream", "debug")
+  base = launch.everywhere(model.base, settings)
+  examples = dict(data.examples)
+  if not streamed:
+    examples = launch.everywhere(examples, settings)
+  step = launch.launcher(algorithm, settings)
+  sizes = algorithm.bytes(most)
+  key = jax.random.key(seed)
+  nodes = algorithm.tiers[0].size
+
+  def seat(number):
+    return launch.seat(
+      data.train,
+      sampling.cohort_of(cohort, data, seed, number),
+      algorithm.work.local,
+      settings,
+      examples=examples,
+      nodes=nodes,
+      seed=seed,
+      round=number,
+    )
+
+  first = int(state.round)
+  seated = seat(first) if first < rounds else None
+  for number in range(first, rounds):
+    begun = time.perf_counter()
+    here = seated
+    state, outcome = step(state, base, here, key)
+    if number + 1 < rounds:  # the host plans while the devices work
+      seated = seat(number + 1)
+    record = Record(round=number + 1, rounds=rounds)
+    record |= {k: float(v) for k, v in outcome.record.items()}
+    record |= _traffic(algorithm, sizes, here, record)
+    trained = time.perf_counter()
+    measured = evaluate is not None and (
+      (number + 1) % every == 0 or number + 1 == rounds
+    )
+    if evaluate is not None and measured:
+      report = evaluate(state)
+      record |= report.record
+      if tables is not None:
+        tables(number + 1, report.clients)
+    done = time.perf_counter()
+    record["wall/seconds"] = trained - begun
+    if measured:
+      record["wall/evaluate_seconds"] = done - trained
+    yield state, record
+
+
+def _traffic(algorithm, sizes, cohort, record):
+  """Bytes that crossed each boundary in a round, up and down."""
+  low = algorithm.tiers[0].name
+  clients = int((cohort.weights > 0).sum())
+  up, down = sizes[f"{low}/up_bytes"], sizes[f"{low}/down_bytes"]
+  found = {
+    "up_bytes_client": up,
+    "down_bytes_client": down,
+    f"{low}/up_bytes": up * clients,
+    f"{low}/down_bytes": down * clients,
+  }
+  for below, tier in zip(algorithm.tiers, algorithm.tiers[1:], strict=False):
+    synced = record[f"{tier.name}/synced"] * below.size
+    for way in ("up_bytes", "down_bytes"):
+      found[f"{tier.name}/{way}"] = int(sizes[f"{tier.name}/{way}"] * synced)
+  return found

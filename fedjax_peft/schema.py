@@ -1,0 +1,204 @@
+"""The schema of a run: frozen dataclasses that explain themselves.
+
+Files, overrides, `--help` and error messages all read the fields below, so a
+key has one type, one default and one explanation.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+Table = dict[str, Any]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+
+
+def _doc(text: str, default: Any = dataclasses.MISSING) -> Any:
+  """A field that explains itself."""
+  return dataclasses.field(default=default, metadata={"doc": text})
+
+
+def _section(section: type) -> Any:
+  """A field that is a table with defaults for everything."""
+  return dataclasses.field(default_factory=section)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """What is fine-tuned."""
+
+  name: str = _doc("a name from `fedjax-peft models list`, or a directory")
+  peft: tuple[Table, ...] = _doc(
+    'adapters, applied in order, {method="lora", rank=8, where="..."}; '
+    "without any, all parameters are trained",
+    (),
+  )
+  loss: Literal["auto", "classification", "next_token"] = _doc(
+    "what clients minimize; auto: classification if the data have labels",
+    "auto",
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Client:
+  """What one client does in one round."""
+
+  optimizer: Literal["sgd", "momentum", "adam", "adamw"] = _doc(
+    "optimizer of the local steps", "sgd"
+  )
+  learning_rate: Positive = _doc("size of a local step", 0.1)
+  momentum: Fraction = _doc("of optimizer momentum", 0.9)
+  batch: Count = _doc("examples in a local step", 8)
+  epochs: Count | None = _doc("passes over the client's examples (1)", None)
+  steps: Count | None = _doc("local steps, in place of epochs", None)
+  shuffle: bool = _doc("draw a new order in every pass", True)
+  drop_remainder: bool = _doc("leave out a last batch that is not full", False)
+  proximal: NonNegative = _doc("FedProx: weight of the pull to the start", 0.0)
+  schedule: Literal["constant", "linear", "cosine"] = _doc(
+    "how the learning rate moves over the rounds", "constant"
+  )
+  warmup: Natural = _doc("rounds over which the learning rate rises", 0)
+
+  def __post_init__(self):
+    """Refuses two answers to one question."""
+    if self.epochs is not None and self.steps is not None:
+      raise ValueError(
+        f"expected epochs or steps, got both (epochs={self.epochs}, "
+        f"steps={self.steps}); remove one of them"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Server:
+  """What the server does with the sum of what clients report."""
+
+  optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = _doc(
+    "sgd is FedAvg, the others FedAvgM, FedAdam, FedYogi, FedAdagrad", "sgd"
+  )
+  learning_rate: Positive = _doc("size of a server step", 1.0)
+  momentum: Fraction = _doc("of optimizer momentum", 0.9)
+  b1: Fraction = _doc("decay of the first moment (adam, yogi)", 0.9)
+  b2: Fraction = _doc("decay of the second moment (adam, yogi)", 0.99)
+  eps: Positive = _doc("added to the root of the second moment", 1e-3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cohort:
+  """Who takes part in a round."""
+
+  sampler: Literal["uniform", "poisson"] = _doc(
+    "uniform: exactly `size` clients; poisson: `size` on average", "uniform"
+  )
+  size: Count = _doc("clients a round", 64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+  """How accuracy is measured, client by client."""
+
+  every: Count = _doc("rounds between two evaluations; the last one counts", 10)
+  batch: Count = _doc("examples evaluated at a time", 128)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """How the round is computed; recorded with a run and used on resume."""
+
+  precision: Literal["bf16", "float32"] = _doc(
+    "inputs of the frozen matrix products", "bf16"
+  )
+  lanes: Count | None = _doc("clients computed at a time (chosen)", None)
+  segment: Count | None = _doc("clients between two reductions (chosen)", None)
+  streams: Count | None = _doc("devices made of a CPU (one for a core)", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+  """When the run is saved."""
+
+  every: Count = _doc("rounds between two checkpoints", 10)
+  keep: Count = _doc("checkpoints that are kept", 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One run."""
+
+  name: str = _doc("names the run (the config file's name)", "")
+  out: str = _doc("run directory (runs/NAME)", "")
+  seed: Natural = _doc("all randomness of a run follows from it", 0)
+  rounds: Count = _doc("server updates", 100)
+  model: Model
+  data: Table = _doc(
+    "name from `fedjax-peft data list`, and that data set's options"
+  )
+  client: Client = _section(Client)
+  server: Server = _section(Server)
+  cohort: Cohort = _section(Cohort)
+  uplink: tuple[Table, ...] = _doc(
+    'links a report crosses, in order, {link="clip", clip_norm=1.0}',
+    ({"link": "weigh"},),
+  )
+  downlink: tuple[Table, ...] = _doc("links the model crosses", ())
+  evaluate: Evaluate = _section(Evaluate)
+  execution: Execution = _section(Execution)
+  checkpoint: Checkpoint = _section(Checkpoint)
+
+  def to_dict(self) -> Table:
+    """Returns what JSON can hold."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+class Key(typing.NamedTuple):
+  """One dotted key of the schema: its name, type, default and explanation."""
+
+  name: str
+  type: Any
+  default: Any
+  doc: str
+
+  def expected(self) -> str:
+    """Returns the type in words."""
+    return words(self.type)
+
+
+def fields(section: type = Config, prefix: str = "") -> Iterator[Key]:
+  """Yields every key of the schema, in order."""
+  hints = typing.get_type_hints(section, include_extras=True)
+  for field in dataclasses.fields(section):
+    name, kind = prefix + field.name, hints[field.name]
+    if dataclasses.is_dataclass(kind):
+      yield from fields(typing.cast(type, kind), f"{name}.")
+    else:
+      yield Key(name, kind, field.default, field.metadata["doc"])
+
+
+def words(kind: Any) -> str:
+  """'an int of at least 1' for Annotated[int, Meta(ge=1)], and so on."""
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin is Annotated:
+    meta = arguments[1]
+    limits = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [
+      f"{sign} {getattr(meta, name):g}"
+      for name, sign in limits.items()
+      if getattr(meta, name) is not None
+    ]
+    return f"{words(arguments[0])} {' and '.join(bounds)}"
+  if origin is Literal:
+    return " | ".join(arguments)
+  if origin in (typing.Union, types.UnionType):
+    return " or ".join(words(a) for a in arguments if a is not type(None))
+  if origin is tuple:
+    return f"list of {words(arguments[0])}s"
+  if origin is dict:
+    return "table"
+  return "string" if kind is str else getattr(kind, "__name__", str(kind))

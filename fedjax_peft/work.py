@@ -1,0 +1,253 @@
+"""Work: what one client does in one round.
+
+Three pure functions: what it starts from, what it does with one batch, what it
+reports. The executor vmaps them over lanes and scans them over batches; the
+base has no client axis in any of them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_peft import objective, placement, tree, validate
+
+PyTree = Any
+
+
+class Sent(NamedTuple):
+  """What a client gets at the start of a round.
+
+  Attributes:
+    params: {path: array}, all leaves that do not live on the device.
+    extras: what else the algorithm sends along (the round, anchors, ...).
+  """
+
+  params: dict[str, jax.Array]
+  extras: dict[str, Any]
+
+
+class Batch(NamedTuple):
+  """One batch of one client.
+
+  Attributes:
+    examples: {feature: [B, ...]}.
+    mask: float32 [B], 0 where the row is padding.
+    key: random key of (seed, round, client, step).
+  """
+
+  examples: dict[str, jax.Array]
+  mask: jax.Array
+  key: jax.Array
+
+
+class Work(NamedTuple):
+  """What one client does in one round.
+
+  Attributes:
+    init: (sent, base, local, key) -> carry.
+    step: (carry, sent, base, batch) -> (carry, stats), stats being
+      {name: (numerator, denominator)}, which are summed over the steps.
+    finish: (carry, sent) -> (message, local); the message is params - new, a
+      descent direction.
+    params: {path: array}, initial values of all leaves.
+    placement: {path: label}.
+    local: how examples become batches.
+  """
+
+  init: Callable
+  step: Callable
+  finish: Callable
+  params: dict[str, jax.Array]
+  placement: dict[str, str]
+  local: "Local"
+
+
+class Local(NamedTuple):
+  """How a client trains: its optimizer and its batches; see `local`."""
+
+  optimizer: Callable[[jax.Array], optax.GradientTransformation]
+  batch: int
+  epochs: int
+  steps: int | None
+  shuffle: bool
+  drop_remainder: bool
+
+
+def local(
+  optimizer: optax.GradientTransformation
+  | Callable[[jax.Array], optax.GradientTransformation],
+  *,
+  batch: int,
+  epochs: int = 1,
+  steps: int | None = None,
+  shuffle: bool = True,
+  drop_remainder: bool = False,
+) -> Local:
+  """How a client trains.
+
+  Args:
+    optimizer: an optax optimizer, started anew for each client and round; or
+      a function of the round (int32 scalar, traced) that returns one, for
+      learning rates that follow a schedule of the round:
+      `lambda round: optax.sgd(0.1 * 0.99**round)`.
+    batch: examples in a batch, B. The last batch of a pass may be smaller; its
+      mean is over the examples that are there.
+    epochs: passes over the client's examples.
+    steps: batches of every client, instead of epochs.
+    shuffle: a new random order for each pass.
+    drop_remainder: leave out a last batch that is not full.
+
+  Raises:
+    ValueError: if a count is below 1.
+  """
+  validate.at_least(1, batch=batch, epochs=epochs)
+  if steps is not None:
+    validate.at_least(1, steps=steps)
+  if isinstance(optimizer, optax.GradientTransformation):
+    fixed = optimizer
+    return Local(lambda _: fixed, batch, epochs, steps, shuffle, drop_remainder)
+  return Local(optimizer, batch, epochs, steps, shuffle, drop_remainder)
+
+
+class Carry(NamedTuple):
+  """What a training client holds between two batches."""
+
+  params: dict[str, jax.Array]
+  opt: PyTree
+
+
+def train(
+  model: objective.Model,
+  how: Local,
+  *,
+  rules: Mapping[str, str] | None = None,
+  tiers: tuple[str, ...] = ("cloud",),
+  proximal: float = 0.0,
+) -> Work:
+  """Minimizes the model's loss with a local optimizer.
+
+  Args:
+    model: what is trained.
+    how: optimizer and batches.
+    rules: placement, {regex: tier name, "device" or "frozen"}.
+    tiers: names of the tiers, lowest first.
+    proximal: mu of FedProx: adds mu/2 |params - sent|^2 to the loss, over
+      the leaves that travel (Li et al., 2020,
+      https://arxiv.org/abs/1812.06127).
+
+  Returns:
+    The Work. Its message holds the leaves that leave the device.
+  """
+  labels = placement.resolve(list(model.params), rules, list(tiers), model.mutable)
+  frozen = {k for k, v in labels.items() if v == placement.FROZEN}
+  owned = {k for k, v in labels.items() if v == placement.DEVICE}
+  moving = set(labels) - frozen - owned
+  changed_names = model.mutable - frozen
+
+  def init(sent, base, local_rows, key):
+    params = {k: sent.params[k] for k in moving} | local_rows
+    weights = {k: v for k, v in params.items() if k not in model.mutable}
+    return Carry(params, how.optimizer(sent.extras["round"]).init(weights))
+
+  def step(carry, sent, base, batch):
+    still = {k: sent.params[k] for k in frozen}
+    moved = {k: v for k, v in carry.params.items() if k in model.mutable}
+    weights = {k: v for k, v in carry.params.items() if k not in model.mutable}
+
+    def mean_loss(weights):
+      params = still | moved | weights
+      each, metrics, changed = model.loss(
+        params, base, batch.examples, batch.key
+      )
+      total, count = _masked(batch.mask, each), jnp.sum(batch.mask)
+      return total / jnp.maximum(count, 1), (total, count, metrics, changed)
+
+    grads, (total, count, metrics, changed) = jax.grad(
+      mean_loss, has_aux=True
+    )(weights)
+    if proximal:
+      grads = {
+        k: g + proximal * (weights[k] - sent.params[k]) if k in moving else g
+        for k, g in grads.items()
+      }
+    optimizer = how.optimizer(sent.extras["round"])
+    updates, opt = optimizer.update(grads, carry.opt, weights)
+    weights = optax.apply_updates(weights, updates)
+    new = {k: changed[k] for k in changed_names}
+    stats = {"loss": (total, count), **masked_metrics(batch.mask, metrics)}
+    return Carry(weights | new, opt), stats
+
+  def finish(carry, sent):
+    message = {k: sent.params[k] - carry.params[k] for k in moving}
+    return message, {k: carry.params[k] for k in owned}
+
+  return Work(init, step, finish, model.params, labels, how)
+
+
+def gradient(
+  model: objective.Model,
+  *,
+  batch: int,
+  rules: Mapping[str, str] | None = None,
+  tiers: tuple[str, ...] = ("cloud",),
+) -> Work:
+  """Reports the gradient over all of a client's examples, training nothing.
+
+  With a weighted mean at the server this is distributed gradient descent
+  (FedSGD): the cohort's pooled gradient whatever the number of clients.
+
+  Args:
+    model: what is trained.
+    batch: examples whose gradient is computed at once; no effect on the sum.
+    rules: placement; "device" makes no sense here and is refused.
+    tiers: names of the tiers, lowest first.
+  """
+  labels = placement.resolve(list(model.params), rules, list(tiers), model.mutable)
+  if placement.DEVICE in labels.values() or model.mutable:
+    raise ValueError(
+      "fedsgd sends gradients and keeps nothing on the device: got leaves that "
+      "live there or change in the forward pass; use fedavg for them"
+    )
+  moving = {k for k, v in labels.items() if v != placement.FROZEN}
+
+  def init(sent, base, local_rows, key):
+    zeros = tree.zeros_like({k: sent.params[k] for k in moving})
+    return zeros, jnp.zeros(())
+
+  def step(carry, sent, base, batch):
+    def sum_loss(weights):
+      params = sent.params | weights
+      each, metrics, _ = model.loss(params, base, batch.examples, batch.key)
+      total = _masked(batch.mask, each)
+      return total, (total, metrics)
+
+    weights = {k: sent.params[k] for k in moving}
+    grads, (total, metrics) = jax.grad(sum_loss, has_aux=True)(weights)
+    count = jnp.sum(batch.mask)
+    stats = {"loss": (total, count), **masked_metrics(batch.mask, metrics)}
+    summed = jax.tree.map(jnp.add, carry[0], grads)
+    return (summed, carry[1] + count), stats
+
+  def finish(carry, sent):
+    summed, count = carry
+    return tree.scale(summed, 1 / jnp.maximum(count, 1)), {}
+
+  how = local(optax.sgd(1.0), batch=batch, shuffle=False)
+  return Work(init, step, finish, model.params, labels, how)
+
+
+def masked_metrics(mask: jax.Array, metrics: Mapping) -> dict:
+  """Sums numerators and denominators over the examples that are there."""
+  return {
+    name: (_masked(mask, top), _masked(mask, bottom))
+    for name, (top, bottom) in metrics.items()
+  }
+
+
+def _masked(mask: jax.Array, values: jax.Array) -> jax.Array:
+  """Sum over examples, in which padding counts zero even where it is nan."""
+  values = values.astype(jnp.float32)
+  return jnp.sum(jnp.where(mask > 0, values * mask, 0))

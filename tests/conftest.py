@@ -1,0 +1,29 @@
+"""Settings of the whole suite; they must be made before jax is imported."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Two devices, so that placement on several is tested on every machine, and
+# the threads of one process (the command's own streams are tested apart).
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing hangs on a network
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import tolerance  # noqa: E402
+
+# What compiled once is not compiled again: by the next test, or tomorrow.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def tol():
+  """The tolerance 4 eps sqrt(n): `tol(dtype, n)`."""
+  return tolerance.tol
