@@ -5,7 +5,7 @@ import fedjax_peft as fp
 
 from fedjax_peft import data, evaluate, losses, models, peft, reduce
 from fedjax_peft import sampling as sample
-from fedjax_peft.algorithm import Algorithm, Outcome, State, federated
+from fedjax_peft.algorithm import Algorithm, federated
 from fedjax_peft.alias import (
   fedadagrad,
   fedadam,
@@ -17,7 +17,6 @@ from fedjax_peft.alias import (
 )
 from fedjax_peft.evaluate import evaluation
 from fedjax_peft.executor import Cohort
-from fedjax_peft.launch import Settings, choose, for_each_client
 from fedjax_peft.link import (
   Context,
   Link,
@@ -31,9 +30,12 @@ from fedjax_peft.link import (
 from fedjax_peft.links import clip, fixed_point, int8, weigh
 from fedjax_peft.objective import Model, model
 from fedjax_peft.reduce import Reduce
+from fedjax_peft.rounds import Outcome, State
 from fedjax_peft.runner import Record, run
 from fedjax_peft.sampling import Sampler
+from fedjax_peft.settings import Settings, choose
 from fedjax_peft.tier import Tier, tier
+from fedjax_peft.vectorize import for_each_client
 from fedjax_peft.work import Batch, Local, Sent, Work, gradient, local, train
 
 __version__ = "0.1.0"

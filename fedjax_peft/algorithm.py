@@ -7,87 +7,10 @@ goes down. State in, state out, key in; nothing here touches the host.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from fedjax_peft import executor, link, placement, tree, validate, work
+from fedjax_peft import executor, placement, rounds, validate, work
 from fedjax_peft import tier as tier_lib
-
-PyTree = Any
-
-_SEND = 2**32 - 1  # folded into a client's key for its uplink; steps count up
-
-
-class Rows(NamedTuple):
-  """What lives on the clients; axis N (the population) leads.
-
-  Attributes:
-    local: leaves placed on the device.
-    mine: state of the clients' end of the uplink.
-  """
-
-  local: dict[str, jax.Array]
-  mine: PyTree
-
-
-class State(NamedTuple):
-  """Everything that a run carries from one round to the next.
-
-  Attributes:
-    round: int32 scalar, rounds done.
-    nodes: what each tier holds, lowest first.
-    clients: what lives on the clients.
-  """
-
-  round: jax.Array
-  nodes: tuple[tier_lib.Node, ...]
-  clients: Rows
-
-  @property
-  def params(self) -> dict[str, jax.Array]:
-    """The model at the top."""
-    return jax.tree.map(lambda x: x[0], self.nodes[-1].params)
-
-
-class Flight(NamedTuple):
-  """A round under way on one device (under way on all: axis D leads).
-
-  Attributes:
-    group: who runs on the device.
-    lanes: what the lanes hold.
-    buffer: what the clients of the last segment left.
-    sums: accumulators of the lowest tier's nodes [E, ...].
-    weight: int32 [E], examples behind the sums.
-    mine: link rows [C, ...] that the clients will keep.
-    stats: {name: (numerator [C], denominator [C])}.
-    link_stats: {name: [C]}.
-    arrived: bool [C], whether a finite message came.
-  """
-
-  group: executor.Group
-  lanes: executor.Lane
-  buffer: executor.Buffer
-  sums: PyTree
-  weight: jax.Array
-  mine: PyTree
-  stats: PyTree
-  link_stats: dict[str, jax.Array]
-  arrived: jax.Array
-
-
-class Outcome(NamedTuple):
-  """What a round reports.
-
-  Attributes:
-    record: {name: scalar}.
-    clients: {name: (numerator [D, C], denominator [D, C])} of every client,
-      at the places of `Cohort.clients`.
-  """
-
-  record: dict[str, jax.Array]
-  clients: dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Algorithm(NamedTuple):
@@ -105,6 +28,8 @@ class Algorithm(NamedTuple):
     bytes: (cohort) -> {name: bytes of one message at each boundary}.
     work: what clients do.
     tiers: the receivers, lowest first.
+    specialize: (data) -> (Algorithm, note): the same algorithm in the form
+      that is fastest for these data, and what was chosen and why.
   """
 
   init: Callable
@@ -115,6 +40,7 @@ class Algorithm(NamedTuple):
   bytes: Callable
   work: work.Work
   tiers: tuple[tier_lib.Tier, ...]
+  specialize: Callable | None = None
 
   def round(self, state, base, cohort, key, *, shape=(1, 1), spread=None):
     """One round, as a pure function of its arguments.
@@ -142,15 +68,6 @@ class Algorithm(NamedTuple):
     return self.finish(state, common, flight, cohort)
 
 
-class _Setup(NamedTuple):
-  """What the functions of an algorithm close over."""
-
-  job: work.Work
-  boundaries: tuple[tier_lib.Boundary, ...]
-  frozen: tuple[str, ...]
-  owned: tuple[str, ...]
-
-
 def federated(job: work.Work, tiers: Sequence[tier_lib.Tier]) -> Algorithm:
   """Clients work, tiers reduce what they send, the model goes down.
 
@@ -172,7 +89,7 @@ def federated(job: work.Work, tiers: Sequence[tier_lib.Tier]) -> Algorithm:
   def labelled(*labels):
     return {k for k, v in job.placement.items() if v in labels}
 
-  setup = _Setup(
+  setup = rounds.Setup(
     job,
     # What crosses a boundary: the leaves placed at its tier or higher.
     tuple(
@@ -186,12 +103,12 @@ def federated(job: work.Work, tiers: Sequence[tier_lib.Tier]) -> Algorithm:
     return functools.partial(fun, setup)
 
   return Algorithm(
-    init=bind(_init),
-    begin=bind(_begin),
-    segments=bind(_segments),
-    absorb=bind(_absorb),
-    finish=bind(_finish),
-    bytes=bind(_bytes),
+    init=bind(rounds.init),
+    begin=bind(rounds.begin),
+    segments=bind(rounds.segments),
+    absorb=bind(rounds.absorb),
+    finish=bind(rounds.finish),
+    bytes=bind(rounds.message_bytes),
     work=job,
     tiers=tiers,
   )
@@ -224,244 +141,3 @@ def _check(job, tiers):
         f"'{leaf}' is placed at {label!r}, but the tiers are {names}"
         f"{validate.near(label, names)}"
       )
-
-
-def _specs(setup, cohort) -> list[link.Spec]:
-  """What is known of the messages at each boundary."""
-
-  def message():
-    params = {k: jnp.asarray(v) for k, v in setup.job.params.items()}
-    sent = work.Sent(
-      {k: v for k, v in params.items() if k not in setup.owned},
-      {"round": jnp.int32(0)},
-    )
-    local = {k: params[k] for k in setup.owned}
-    carry = setup.job.init(sent, {}, local, jax.random.key(0))
-    return setup.job.finish(carry, sent)[0]
-
-  specs = [link.Spec(jax.eval_shape(message), senders=cohort)]
-  for low, high in zip(setup.boundaries, setup.boundaries[1:], strict=False):
-    leaves = tree.spec(high.pick(setup.job.params))
-    specs.append(link.Spec(leaves, senders=low.tier.size))
-  return specs
-
-
-def _bytes(setup, cohort):
-  """Bytes of one message at each boundary, up and down."""
-  sizes = {}
-  for at, spec in zip(setup.boundaries, _specs(setup, cohort), strict=True):
-    model = link.Spec(tree.spec(at.pick(setup.job.params)))
-    up, down = at.uplink.link.after(spec), at.tier.down.after(model)
-    sizes[f"{at.tier.name}/up_bytes"] = tree.nbytes(up.message)
-    sizes[f"{at.tier.name}/down_bytes"] = tree.nbytes(down.message)
-  return sizes
-
-
-def _init(setup, params=None, *, clients, cohort):
-  """The state before the first round."""
-  params = setup.job.params if params is None else params
-  params = {k: jnp.asarray(v) for k, v in params.items()}
-  nodes, rows = [], ()
-  for i, (at, spec) in enumerate(
-    zip(setup.boundaries, _specs(setup, cohort), strict=True)
-  ):
-    top = i == len(setup.boundaries) - 1
-    held = at.pick(params)
-    if top:
-      held |= {k: params[k] for k in setup.frozen}
-    node, mine = tier_lib.start(at, held, spec)
-    if i == 0:
-      rows = tier_lib.repeat(mine, clients)
-    else:
-      below = nodes[-1]
-      size = below.weight.size
-      nodes[-1] = below._replace(
-        anchor=at.pick(below.params), mine=tier_lib.repeat(mine, size)
-      )
-    nodes.append(node)
-  local = {k: tier_lib.repeat(params[k], clients) for k in setup.owned}
-  state = State(jnp.zeros((), jnp.int32), tuple(nodes), Rows(local, rows))
-  return jax.tree.map(jnp.array, state)  # broadcasts become arrays
-
-
-def _begin(setup, state, base, cohort, key, *, shape, width):
-  """The model goes down, and every device gets its clients' rows."""
-  at, key = setup.boundaries[0], jax.random.fold_in(key, state.round)
-  received, node = tier_lib.tell(at, state.nodes[0], _boundary_key(key, 0))
-  state = state._replace(nodes=(node, *state.nodes[1:]))
-  top = state.nodes[-1].params
-  received |= {
-    k: tier_lib.repeat(top[k][0], at.tier.size) for k in setup.frozen
-  }
-  alone = at.tier.size == 1
-  if alone:
-    received = jax.tree.map(lambda x: x[0], received)
-  sent = work.Sent(received, {"round": state.round})
-  common = executor.Common(sent, base, cohort.examples, key)
-  rows = jnp.maximum(cohort.clients, 0)
-  local, mine = jax.tree.map(lambda x: x[rows], tuple(state.clients))
-  nodes = None if alone else cohort.nodes
-  group = executor.Group(cohort.clients, cohort.weights, nodes, local)
-  one = functools.partial(_launch, setup, common, node, shape, width)
-  return state, common, jax.vmap(one)(group, mine)
-
-
-def _launch(setup, common, node, shape, width, group, mine):
-  """An empty flight for one device."""
-  at, places = setup.boundaries[0], group.clients.size
-  lanes, buffer = executor.empty(setup.job, common, group, shape, width)
-  zero = at.uplink.zeros(_specs(setup, 1)[0]._replace(bound=1.0, count=1))
-  shared, own = jax.tree.map(lambda x: x[0], (node.shared, mine))
-  one = jax.tree.map(lambda x: x[0], buffer.message)
-  _, _, names = jax.eval_shape(at.uplink.send, one, own, shared, link.alone())
-  return Flight(
-    group=group,
-    lanes=lanes,
-    buffer=buffer,
-    sums=tier_lib.repeat(zero, at.tier.size),
-    weight=jnp.zeros((at.tier.size,), jnp.int32),
-    mine=mine,
-    stats=jax.tree.map(
-      lambda x: jnp.zeros((places, *x.shape[1:])), buffer.stats
-    ),
-    link_stats={k: jnp.zeros((places,)) for k in names},
-    arrived=jnp.zeros((places,), bool),
-  )
-
-
-def _segments(setup, shared_args, split_args):
-  """Runs all segments of one device's schedule."""
-  common, shared, number = shared_args
-  flight, plans = split_args
-
-  def one(s, flight):
-    plan = jax.tree.map(lambda x: x[s], plans)
-    lanes, buffer = executor.segment(
-      setup.job, common, flight.group, flight.lanes, flight.buffer, plan
-    )
-    flight = flight._replace(lanes=lanes, buffer=buffer)
-    return _absorb(setup, common, shared, flight, plan.slots)
-
-  return jax.lax.fori_loop(0, number, one, flight)
-
-
-def _absorb(setup, common, shared, flight, slots):
-  """Sends what finished in a segment, and folds it into the sums.
-
-  A message that is not finite becomes zero with weight zero before the first
-  link; it shows in `arrived`.
-  """
-  at, group, buffer = setup.boundaries[0], flight.group, flight.buffer
-  place = jnp.maximum(slots, 0)
-  present = (slots >= 0) & (group.weights[place] > 0)
-  arrived = present & jax.vmap(tree.is_finite)(buffer.message)
-  message = tree.where(
-    arrived, buffer.message, tree.zeros_like(buffer.message)
-  )
-  weight = jnp.where(arrived, group.weights[place], 0)
-  node = jnp.zeros_like(place) if group.nodes is None else group.nodes[place]
-  roster = link.Roster(group.clients, group.weights)
-
-  def send(message, mine, client, weight, node):
-    key = jax.random.fold_in(executor.client_key(common.key, client), _SEND)
-    ctx = link.Context(key, client, weight, {}, roster)
-    own = jax.tree.map(lambda x: x[node], shared)
-    return at.uplink.send(message, mine, own, ctx)
-
-  mine = jax.tree.map(lambda x: x[place], flight.mine)
-  wires, mine, stats = jax.vmap(send)(
-    message, mine, group.clients[place], weight, node
-  )
-  # An 'each' link decodes by what is in the wire: the nodes do not differ.
-  first = jax.tree.map(lambda x: x[0], shared)
-  messages = at.uplink.decode(wires, first, roster, _boundary_key(common.key, 0))
-  sums, heard = tier_lib.gather(at, flight.sums, messages, weight, node)
-
-  def keep(rows, new, which):
-    where = jnp.where(which, slots, group.clients.size)
-    return jax.tree.map(
-      lambda r, x: r.at[where].set(x.astype(r.dtype), mode="drop"), rows, new
-    )
-
-  return flight._replace(
-    group=group._replace(local=keep(group.local, buffer.local, arrived)),
-    sums=sums,
-    weight=flight.weight + heard,
-    mine=keep(flight.mine, mine, arrived),
-    stats=keep(flight.stats, buffer.stats, present),
-    link_stats=keep(flight.link_stats, stats, arrived),
-    arrived=keep(flight.arrived, arrived, present),
-  )
-
-
-def _finish(setup, state, common, flight, cohort):
-  """The tiers apply what they heard, lowest first; the rows go home."""
-  nodes, key = list(state.nodes), common.key
-  sums = _merge(setup.boundaries[0].tier.reduce, flight.sums)
-  weight = jnp.sum(flight.weight, axis=0, dtype=jnp.int32)
-  roster = link.Roster(cohort.clients.reshape(-1), cohort.weights.reshape(-1))
-  nodes[0] = tier_lib.hear(
-    setup.boundaries[0], nodes[0], sums, weight, roster, _boundary_key(key, 0)
-  )
-  record, span = {}, 1
-  for i, at in enumerate(setup.boundaries[1:], start=1):
-    span *= at.tier.period
-    due = (state.round + 1) % span == 0
-    low, high, stats = tier_lib.sync(
-      at, nodes[i - 1], nodes[i], _boundary_key(key, i)
-    )
-    pick = functools.partial(jnp.where, due)
-    nodes[i - 1] = jax.tree.map(pick, low, nodes[i - 1])
-    nodes[i] = jax.tree.map(pick, high, nodes[i])
-    name = at.tier.name
-    record[f"{name}/synced"] = due.astype(jnp.float32)
-    record |= {f"{name}/{k}": jnp.mean(v) for k, v in stats.items()}
-  nodes[-1] = nodes[-1]._replace(weight=jnp.zeros_like(nodes[-1].weight))
-  rows = _go_home(state.clients, flight, cohort)
-  record |= _summary(setup.boundaries[0].tier.name, flight)
-  new = State(state.round + 1, tuple(nodes), rows)
-  return new, Outcome(record, flight.stats)
-
-
-def _boundary_key(key, i):
-  """Key of a boundary in a round, apart from every client's."""
-  return jax.random.fold_in(key, 2**32 - 1 - i)  # above every client id
-
-
-def _merge(reduce, sums):
-  """Merges the devices' accumulators, in the order of the devices."""
-  parts = [
-    jax.tree.map(lambda x, d=d: x[d], sums)
-    for d in range(jax.tree.leaves(sums)[0].shape[0])
-  ]
-  return functools.reduce(jax.vmap(reduce.merge), parts)
-
-
-def _go_home(clients, flight, cohort):
-  """Writes the rows of those whose message arrived back to the population."""
-
-  def write(rows, new):
-    where = jnp.where(flight.arrived, cohort.clients, rows.shape[0])
-    return rows.at[where].set(new, mode="drop")
-
-  new = (flight.group.local, flight.mine)
-  return Rows(*jax.tree.map(write, tuple(clients), new))
-
-
-def _summary(name, flight):
-  """Scalars of a round, over the clients that took part."""
-  weights = flight.group.weights
-  present = weights > 0
-  record = {}
-  for key, (top, bottom) in flight.stats.items():
-    total = jnp.sum(jnp.where(present, bottom, 0))
-    mean = jnp.sum(jnp.where(present, top, 0)) / jnp.maximum(total, 1)
-    record[f"train/{key}"] = mean
-  arrived = jnp.sum(flight.arrived)
-  for key, values in flight.link_stats.items():
-    total = jnp.sum(jnp.where(flight.arrived, values, 0))
-    record[f"{name}/{key}"] = total / jnp.maximum(arrived, 1)
-  record["train/clients"] = jnp.sum(present)
-  record["train/examples"] = jnp.sum(weights)
-  record["train/nonfinite"] = jnp.sum(present & ~flight.arrived)
-  return {k: jnp.asarray(v, jnp.float32) for k, v in record.items()}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import optax
 
-from fedjax_peft import algorithm, link, objective, work
+from fedjax_peft import algorithm, factored, link, objective, work
 from fedjax_peft import tier as tier_lib
 
 
@@ -17,6 +17,7 @@ def fedavg(
   downlink: link.Link | None = None,
   placement: Mapping[str, str] | None = None,
   proximal: float = 0.0,
+  lowrank: bool | None = None,
 ) -> algorithm.Algorithm:
   """Federated averaging (McMahan et al., 2017, arXiv 1602.05629).
 
@@ -28,10 +29,32 @@ def fedavg(
     downlink: what the model crosses on its way to the clients.
     placement: {regex: "cloud", "device" or "frozen"}.
     proximal: mu of FedProx.
+    lowrank: compute on shared weights where the local steps are plain SGD on
+      Linear layers (see `factored`). None does so when it applies and pays,
+      True insists, False never does.
   """
   job = work.train(model, local, rules=placement, proximal=proximal)
   cloud = tier_lib.tier("cloud", link=uplink, server=server, down=downlink)
-  return algorithm.federated(job, [cloud])
+  general = algorithm.federated(job, [cloud])
+  if lowrank is False:
+    return general
+
+  def specialize(data):
+    steps = factored.most_steps(local, data.train.sizes)
+    reason = "it adds a proximal term" if proximal else ""
+    reason = reason or factored.why_not(
+      job, model, (cloud,), data.examples, steps
+    )
+    if not reason:
+      lean = factored.train(model, local, job, steps)
+      return algorithm.federated(lean, [cloud]), "low-rank local SGD"
+    if lowrank:
+      raise ValueError(
+        f"low-rank local SGD does not apply: {reason}; use lowrank=None"
+      )
+    return general, f"every client its own weights: {reason}"
+
+  return general._replace(specialize=specialize)
 
 
 def fedprox(

@@ -7,6 +7,7 @@ paths of their leaves. The clients' rows are one chunk each: one client's row
 reads in milliseconds, whatever the population.
 """
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -154,8 +155,9 @@ class Checkpoints:
     """Loads the newest complete checkpoint.
 
     Args:
-      state: pytree of the same structure, shapes and dtypes as was saved; its
-        arrays also say on which devices the loaded ones go.
+      state: pytree of the same structure, shapes and dtypes as was saved. Its
+        arrays also say on which devices the loaded ones go; for specs, numpy
+        arrays are loaded. Random keys are given as keys.
       clients: the same, for the clients.
 
     Returns:
@@ -219,8 +221,12 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for the save under way and lets go of the directory."""
-    self.wait()
-    self._checkpointer.close()
+    try:
+      self.wait()
+    finally:
+      # What failed was raised once; the library would raise it again here.
+      with contextlib.suppress(Exception):
+        self._checkpointer.close()
 
 
 def _chunks(path, value):

@@ -75,14 +75,12 @@ def _client(job, common, group, plan, slot):
   stats = None
   for i, rows in enumerate(plan.rows[s, g, t, k][order]):
     examples = {
-      name: jnp.asarray(np.asarray(x)[np.maximum(rows, 0)])
+      name: jnp.asarray(np.asarray(x)[np.where(rows < 0, rows[0], rows)])
       for name, x in common.examples.items()
     }
     mask = jnp.asarray(rows >= 0, jnp.float32)
     batch = work.Batch(examples, mask, jax.random.fold_in(key, i))
-    carry, more = stage(
-      f"step {i}", job.step, carry, sent, common.base, batch
-    )
+    carry, more = stage(f"step {i}", job.step, carry, sent, common.base, batch)
     stats = more if stats is None else jax.tree.map(jnp.add, stats, more)
   message, local = stage("finish", job.finish, carry, sent)
   if not bool(tree.is_finite(message)):

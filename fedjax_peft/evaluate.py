@@ -15,7 +15,15 @@ import optax
 
 from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
-from fedjax_peft import executor, launch, objective, placement, validate, work
+from fedjax_peft import (
+  executor,
+  objective,
+  placement,
+  validate,
+  vectorize,
+  work,
+)
+from fedjax_peft import settings as settings_lib
 from fedjax_peft.data import schedule
 
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -39,8 +47,9 @@ def evaluation(
   data: data_lib.Population,
   *,
   batch: int = 16,
-  settings: launch.Settings | None = None,
+  settings: settings_lib.Settings | None = None,
   central: Callable[[dict, dict], Mapping[str, float]] | None = None,
+  personalize: work.Local | None = None,
 ) -> Callable[[algorithm_lib.State], Report]:
   """Evaluates a state on held-out data, client by client.
 
@@ -56,6 +65,9 @@ def evaluation(
     settings: devices and lanes.
     central: more numbers about the model at the top, (params, base) ->
       {name: number}, recorded as `central/name`.
+    personalize: also tests every client after it has trained on its own
+      examples like this, starting from what it holds; recorded as
+      `personal/...` and `personal_unseen/...`.
 
   Returns:
     (state) -> Report. With `x` the metric: `eval/x` pooled over seen clients,
@@ -63,51 +75,79 @@ def evaluation(
     `_std` and `_jain` (Jain's index, in [1/n, 1]) over clients.
   """
   validate.at_least(1, batch=batch)
-  here = launch.Settings("shard_map", len(jax.devices()), 1, 1, 16)
+  here = settings_lib.Settings("shard_map", len(jax.devices()), 1, 1, 16)
   settings = here if settings is None else settings
-  score = scorer(model, data.examples, settings, batch)
-  personal = placement.DEVICE in algorithm.work.placement.values()
   tested = np.flatnonzero(data.heldout.sizes > 0)
+  owned = [
+    k for k, v in algorithm.work.placement.items() if v == placement.DEVICE
+  ]
+  score = scorer(model, data.examples, settings, batch)
+  # Clients may share examples with each other and with the central test set.
+  unique, place = np.unique(
+    np.concatenate([data.heldout.rows, data.test]), return_inverse=True
+  )
+  held = data.heldout.rows.size
 
-  def of_clients(state) -> Scores:
-    if personal:
-      job = _job(model, algorithm.work, batch)
-      params = {k: v for k, v in state.params.items()}
-      return launch.for_each_client(
-        job,
-        data,
-        tested,
-        params=params,
-        base=model.base,
-        local=state.clients.local,
-        rows=data.heldout,
-        settings=settings,
-      )[1]
-    rows = data.heldout
-    return per_client(score(state.params, model.base, rows.rows), rows, tested)
+  def each(job, state, local, rows):
+    return vectorize.for_each_client(
+      job,
+      data,
+      tested,
+      params=state.params,
+      base=model.base,
+      local=local,
+      rows=rows,
+      settings=settings,
+    )
+
+  def on_clients(state, local) -> Scores:
+    job = _test(model, list(local), batch)
+    return each(job, state, local, data.heldout)[1]
+
+  def after_training(state) -> Scores:
+    job = _tune(model, personalize, owned)
+    tuned, _ = each(job, state, state.clients.local, data.train)
+    local = {
+      k: np.zeros((len(data), *v.shape[1:]), v.dtype) for k, v in tuned.items()
+    }
+    for name, rows in tuned.items():
+      local[name][tested] = rows
+    return on_clients(state, local)
 
   def run(state) -> Report:
-    scores = of_clients(state)
     record: dict[str, float] = {}
-    seen = data.seen[tested]
-    for name, which in (("eval", seen), ("unseen", ~seen)):
-      part = {k: (t[which], b[which]) for k, (t, b) in scores.items()}
-      record |= spread(name, part)
-    if data.test.size and not personal:
-      found = score(state.params, model.base, data.test)
+    if owned:
+      scores = on_clients(state, state.clients.local)
+    else:
+      found = score(state.params, model.base, unique)
+      found = jax.tree.map(lambda x: x[place], found)
+      mine = jax.tree.map(lambda x: x[:held], found)
+      scores = per_client(mine, data.heldout, tested)
       record |= {
-        f"test/{k}": float(t.sum() / max(b.sum(), 1))
+        f"test/{k}": float(t[held:].sum() / max(b[held:].sum(), 1))
         for k, (t, b) in found.items()
+        if data.test.size
+      }
+    tables = {"": scores}
+    if personalize is not None:
+      tables["personal"] = after_training(state)
+    seen = data.seen[tested]
+    columns = {"client": tested, "seen": seen}
+    for name, table in tables.items():
+      for prefix, which in (
+        (name or "eval", seen),
+        (f"{name}_unseen" if name else "unseen", ~seen),
+      ):
+        part = {k: (t[which], b[which]) for k, (t, b) in table.items()}
+        record |= spread(prefix, part)
+      columns |= {
+        f"{name}{'/' if name else ''}{k}/{end}": x
+        for k, pair in table.items()
+        for end, x in zip(("numerator", "denominator"), pair, strict=True)
       }
     if central is not None:
       more = central(state.params, model.base)
       record |= {f"central/{k}": float(v) for k, v in more.items()}
-    columns = {"client": tested, "seen": seen}
-    columns |= {
-      f"{k}/{end}": x
-      for k, pair in scores.items()
-      for end, x in zip(("numerator", "denominator"), pair, strict=True)
-    }
     return Report(record, columns)
 
   return run
@@ -116,7 +156,7 @@ def evaluation(
 def scorer(
   model: objective.Model,
   examples: Mapping[str, Any],
-  settings: launch.Settings,
+  settings: settings_lib.Settings,
   batch: int,
 ) -> Callable[[dict, Any, np.ndarray], Scores]:
   """Compiles the metrics of single examples.
@@ -125,9 +165,9 @@ def scorer(
     (params, base, rows int [R]) -> {name: (numerator [R], denominator [R])},
     float32 numpy arrays; `loss` is among them.
   """
-  spread_over = executor.over(launch.mesh_of(settings))
+  spread_over = executor.over(settings_lib.mesh_of(settings))
   devices = settings.devices
-  resident = launch.everywhere(dict(examples), settings)
+  resident = settings_lib.everywhere(dict(examples), settings)
 
   def one(shared, rows):
     params, base, examples, number = shared
@@ -219,9 +259,8 @@ def spread(prefix: str, scores: Scores) -> dict[str, float]:
   return record
 
 
-def _job(model: objective.Model, trained: work.Work, batch: int) -> work.Work:
+def _test(model: objective.Model, owned: list, batch: int) -> work.Work:
   """Testing as a job: the metrics are its stats, and nothing is reported."""
-  owned = [k for k, v in trained.placement.items() if v == placement.DEVICE]
 
   def init(sent, base, local, key):
     return {k: local[k] for k in owned}
@@ -232,8 +271,22 @@ def _job(model: objective.Model, trained: work.Work, batch: int) -> work.Work:
     metrics = {"loss": (each, jnp.ones_like(each)), **metrics}
     return carry, work.masked_metrics(batch.mask, metrics)
 
-  how = work.local(optax.identity(), batch=batch, shuffle=False)
-  return work.Work(
-    init, step, lambda carry, sent: ({}, {}), trained.params, {}, how
-  )
+  def finish(carry, sent):
+    return {}, {}
 
+  how = work.local(optax.identity(), batch=batch, shuffle=False)
+  return work.Work(init, step, finish, model.params, {}, how)
+
+
+def _tune(model: objective.Model, how: work.Local, owned: list) -> work.Work:
+  """Training as a job whose message is the client's own parameters."""
+  job = work.train(model, how, rules={".*": placement.DEVICE}, tiers=("cloud",))
+
+  def init(sent, base, local, key):
+    start = sent.params | {k: local[k] for k in owned}
+    return job.init(sent, base, start, key)
+
+  def finish(carry, sent):
+    return job.finish(carry, sent)[1], {}
+
+  return job._replace(init=init, finish=finish)

@@ -167,13 +167,16 @@ def segment(
 
   def tick(lane, buffer, rows, slot, first, out):
     place = jnp.maximum(slot, 0)
-    examples = {
-      k: v[jnp.maximum(rows, 0)] for k, v in common.examples.items()
-    }
+    # Padding repeats the batch's own first row: no other client's data, whose
+    # gradient may be nan even where its loss counts zero.
+    real = jnp.maximum(jnp.where(rows < 0, rows[..., :1], rows), 0)
+    examples = {k: v[real] for k, v in common.examples.items()}
     mask = (rows >= 0).astype(jnp.float32)
     keys = jax.vmap(client_key, (None, 0))(common.key, group.clients[place])
     count = jnp.where(first, 0, lane.step)
-    batch = work.Batch(examples, mask, jax.vmap(jax.random.fold_in)(keys, count))
+    batch = work.Batch(
+      examples, mask, jax.vmap(jax.random.fold_in)(keys, count)
+    )
     sent = _own(common.sent, group.nodes, place)
     axis = work.Sent(0 if nodes else None, None)
     local = jax.tree.map(lambda x: x[place], group.local)

@@ -211,7 +211,11 @@ def chain(*links: Link) -> Link:
     send=send,
     receive=receive,
     after=after,
-    receive_on="each" if "each" in kinds else "sum" if "sum" in kinds else "any",
+    receive_on="each"
+    if "each" in kinds
+    else "sum"
+    if "sum" in kinds
+    else "any",
     factored=all(p.factored for p in parts),
     parts=parts,
   )
@@ -275,9 +279,9 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
 
   def decode(wires, shared, roster, key):
     late = range(split, len(parts))
-    return jax.vmap(
-      lambda w: _receive(parts, late, w, shared, roster, key)[0]
-    )(wires)
+    return jax.vmap(lambda w: _receive(parts, late, w, shared, roster, key)[0])(
+      wires
+    )
 
   def finish(acc, shared, roster, key):
     total = reduce.finalize(acc)
@@ -294,9 +298,7 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
 
     return reduce.init(jax.eval_shape(decoded, whole.after(spec).message))
 
-  return Exchange(
-    whole.init, zeros, whole.send, decode, finish, whole, reduce
-  )
+  return Exchange(whole.init, zeros, whole.send, decode, finish, whole, reduce)
 
 
 def broadcast(link: Link) -> Callable:

@@ -29,6 +29,8 @@ class Model(NamedTuple):
     loss: (params, base, examples, key) -> (per_example [B], metrics, changed),
       `changed` holding the new values of the mutable paths.
     module: (params, base) -> nnx.Module, ready to be called.
+    origin: the module as it was given.
+    loss_fn: the loss as it was given.
   """
 
   params: Params
@@ -36,6 +38,8 @@ class Model(NamedTuple):
   mutable: frozenset[str]
   loss: Callable
   module: Callable
+  origin: nnx.Module
+  loss_fn: Callable
 
 
 def model(
@@ -64,7 +68,7 @@ def model(
   def merge(params, base, key):
     trained = {k: params[k] for k in split.params}
     mutable = {k: params[k] for k in split.mutable}
-    rng = _reseed(split.rng, key)
+    rng = reseed(split.rng, key)
     return peft.merge(split.graph, trained, rng, mutable, base)
 
   def loss_(params, base, examples, key):
@@ -83,10 +87,12 @@ def model(
     mutable=frozenset(split.mutable),
     loss=loss_,
     module=rebuild,
+    origin=module,
+    loss_fn=loss,
   )
 
 
-def _reseed(rng: Params, key: jax.Array) -> Params:
+def reseed(rng: Params, key: jax.Array) -> Params:
   """Gives every random stream of a module a key of its own, counting from 0."""
 
   def one(i, x):

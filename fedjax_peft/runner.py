@@ -10,6 +10,7 @@ from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
 from fedjax_peft import evaluate as evaluate_lib
 from fedjax_peft import launch, objective, sampling, validate
+from fedjax_peft import settings as settings_lib
 
 
 class Record(dict):
@@ -38,7 +39,7 @@ def run(
   cohort: sampling.Sampler,
   rounds: int,
   seed: int = 0,
-  settings: launch.Settings | None = None,
+  settings: settings_lib.Settings | None = None,
   state: algorithm_lib.State | None = None,
   evaluate: Callable[[algorithm_lib.State], evaluate_lib.Report] | None = None,
   every: int = 1,
@@ -53,7 +54,7 @@ def run(
     cohort: who takes part.
     rounds: how many rounds the run has, those in `state` included.
     seed: all randomness follows from it.
-    settings: how rounds are executed; None asks `launch.choose`.
+    settings: how rounds are executed; None asks `settings_lib.choose`.
     state: where to go on; None starts afresh.
     evaluate: measures a state; see `evaluate.evaluation`. None measures
       nothing but the clients' training.
@@ -70,17 +71,20 @@ def run(
       round is run.
   """
   validate.at_least(1, rounds=rounds, every=every)
+  if algorithm.specialize is not None:
+    algorithm, _ = algorithm.specialize(data)
   most = cohort.most(data)
   sampling.cohort_of(cohort, data, seed, 0)
   if state is None:
     state = algorithm.init(clients=len(data), cohort=most)
   if settings is None:
-    settings = launch.choose(algorithm, model.base, data.examples, most)
+    settings = settings_lib.choose(algorithm, model.base, data.examples, most)
   streamed = settings.executor in ("stream", "debug")
-  base = launch.everywhere(model.base, settings)
+  state = settings_lib.everywhere(state, settings)
+  base = settings_lib.everywhere(model.base, settings)
   examples = dict(data.examples)
   if not streamed:
-    examples = launch.everywhere(examples, settings)
+    examples = settings_lib.everywhere(examples, settings)
   step = launch.launcher(algorithm, settings)
   sizes = algorithm.bytes(most)
   key = jax.random.key(seed)

@@ -94,7 +94,7 @@ def cohort_of(
       f"sampler {sampler.name} must return a list of client ids: got "
       f"{ids.dtype} {list(ids.shape)}"
     )
-  if ids.size and not (0 <= ids.min() and ids.max() < n):
+  if ids.size and not (ids.min() >= 0 and ids.max() < n):
     raise ValueError(
       f"sampler {sampler.name} must return ids in 0..{n - 1}: got "
       f"{ids.min()}..{ids.max()}"

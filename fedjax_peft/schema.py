@@ -23,6 +23,8 @@ Fraction = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 def _doc(text: str, default: Any = dataclasses.MISSING) -> Any:
   """A field that explains itself."""
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=dict, metadata={"doc": text})
   return dataclasses.field(default=default, metadata={"doc": text})
 
 
@@ -37,14 +39,15 @@ class Model:
 
   name: str = _doc("a name from `fedjax-peft models list`, or a directory")
   peft: tuple[Table, ...] = _doc(
-    'adapters, applied in order, {method="lora", rank=8, where="..."}; '
-    "without any, all parameters are trained",
+    'adapters, applied in order, {method="lora", rank=8}; none trains all: '
+    "lora(rank, where, alpha, seed), tune(where)",
     (),
   )
   loss: Literal["auto", "classification", "next_token"] = _doc(
     "what clients minimize; auto: classification if the data have labels",
     "auto",
   )
+  options: Table = _doc("fields of the architecture, {width=64}", {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,19 +107,29 @@ class Cohort:
 class Evaluate:
   """How accuracy is measured, client by client."""
 
-  every: Count = _doc("rounds between two evaluations; the last one counts", 10)
-  batch: Count = _doc("examples evaluated at a time", 128)
+  every: Count = _doc(
+    "rounds between two evaluations; the last is always one", 10
+  )
+  batch: Count = _doc("examples evaluated at a time on a device", 16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
   """How the round is computed; recorded with a run and used on resume."""
 
+  executor: Literal["shard_map", "stream", "pmap", "debug"] | None = _doc(
+    "stream: examples stay on the host; debug: one client after another "
+    "(chosen)",
+    None,
+  )
   precision: Literal["bf16", "float32"] = _doc(
     "inputs of the frozen matrix products", "bf16"
   )
-  lanes: Count | None = _doc("clients computed at a time (chosen)", None)
-  segment: Count | None = _doc("clients between two reductions (chosen)", None)
+  width: Count | None = _doc("lanes of a block, vmapped (chosen)", None)
+  blocks: Count = _doc("blocks of lanes on a device", 1)
+  segment: Count | None = _doc(
+    "clients that finish before they are reduced (chosen)", None
+  )
   streams: Count | None = _doc("devices made of a CPU (one for a core)", None)
 
 
@@ -144,7 +157,9 @@ class Config:
   server: Server = _section(Server)
   cohort: Cohort = _section(Cohort)
   uplink: tuple[Table, ...] = _doc(
-    'links a report crosses, in order, {link="clip", clip_norm=1.0}',
+    'links a report crosses, in order, {link="clip", clip_norm=1.0}: '
+    "clip(clip_norm), weigh(by, max_weight), fixed_point(bits), "
+    "int8(block, stochastic)",
     ({"link": "weigh"},),
   )
   downlink: tuple[Table, ...] = _doc("links the model crosses", ())
@@ -168,6 +183,15 @@ class Key(typing.NamedTuple):
   def expected(self) -> str:
     """Returns the type in words."""
     return words(self.type)
+
+  def usage(self) -> str:
+    """Returns type and default, 'int >= 1 = 8'."""
+    if self.default in (dataclasses.MISSING, None, "", ()):
+      return self.expected()
+    value = self.default
+    if isinstance(value, tuple):
+      value = json.dumps(value)
+    return f"{self.expected()} = {value}"
 
 
 def fields(section: type = Config, prefix: str = "") -> Iterator[Key]:

@@ -175,9 +175,7 @@ def tell(at: Boundary, node: Node, key: jax.Array) -> tuple[dict, Node]:
   return received, node._replace(down=down)
 
 
-def hear(
-  at: Boundary, node: Node, acc: PyTree, weight, roster, key
-) -> Node:
+def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
   """Applies what every node has heard.
 
   A node that heard nobody keeps its model and its optimizer's state.
@@ -228,9 +226,7 @@ def report(
   parent = parents(below, above)
   seats = jnp.arange(parent.size, dtype=jnp.int32)
   roster = link_lib.Roster(seats, below.weight)
-  message = jax.tree.map(
-    jnp.subtract, below.anchor, at.pick(below.params)
-  )
+  message = jax.tree.map(jnp.subtract, below.anchor, at.pick(below.params))
 
   def send(message, mine, seat, weight, shared):
     own = jax.random.fold_in(key, seat)

@@ -141,7 +141,9 @@ def train(
   Returns:
     The Work. Its message holds the leaves that leave the device.
   """
-  labels = placement.resolve(list(model.params), rules, list(tiers), model.mutable)
+  labels = placement.resolve(
+    list(model.params), rules, list(tiers), model.mutable
+  )
   frozen = {k for k, v in labels.items() if v == placement.FROZEN}
   owned = {k for k, v in labels.items() if v == placement.DEVICE}
   moving = set(labels) - frozen - owned
@@ -162,12 +164,12 @@ def train(
       each, metrics, changed = model.loss(
         params, base, batch.examples, batch.key
       )
-      total, count = _masked(batch.mask, each), jnp.sum(batch.mask)
+      total, count = masked_sum(batch.mask, each), jnp.sum(batch.mask)
       return total / jnp.maximum(count, 1), (total, count, metrics, changed)
 
-    grads, (total, count, metrics, changed) = jax.grad(
-      mean_loss, has_aux=True
-    )(weights)
+    grads, (total, count, metrics, changed) = jax.grad(mean_loss, has_aux=True)(
+      weights
+    )
     if proximal:
       grads = {
         k: g + proximal * (weights[k] - sent.params[k]) if k in moving else g
@@ -205,7 +207,9 @@ def gradient(
     rules: placement; "device" makes no sense here and is refused.
     tiers: names of the tiers, lowest first.
   """
-  labels = placement.resolve(list(model.params), rules, list(tiers), model.mutable)
+  labels = placement.resolve(
+    list(model.params), rules, list(tiers), model.mutable
+  )
   if placement.DEVICE in labels.values() or model.mutable:
     raise ValueError(
       "fedsgd sends gradients and keeps nothing on the device: got leaves that "
@@ -221,7 +225,7 @@ def gradient(
     def sum_loss(weights):
       params = sent.params | weights
       each, metrics, _ = model.loss(params, base, batch.examples, batch.key)
-      total = _masked(batch.mask, each)
+      total = masked_sum(batch.mask, each)
       return total, (total, metrics)
 
     weights = {k: sent.params[k] for k in moving}
@@ -242,12 +246,12 @@ def gradient(
 def masked_metrics(mask: jax.Array, metrics: Mapping) -> dict:
   """Sums numerators and denominators over the examples that are there."""
   return {
-    name: (_masked(mask, top), _masked(mask, bottom))
+    name: (masked_sum(mask, top), masked_sum(mask, bottom))
     for name, (top, bottom) in metrics.items()
   }
 
 
-def _masked(mask: jax.Array, values: jax.Array) -> jax.Array:
+def masked_sum(mask: jax.Array, values: jax.Array) -> jax.Array:
   """Sum over examples, in which padding counts zero even where it is nan."""
   values = values.astype(jnp.float32)
   return jnp.sum(jnp.where(mask > 0, values * mask, 0))

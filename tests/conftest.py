@@ -27,3 +27,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def tol():
   """The tolerance 4 eps sqrt(n): `tol(dtype, n)`."""
   return tolerance.tol
+
+
+@pytest.fixture
+def standard_promotion():
+  """Lets dtypes mix: optax's Adam raises a float to an integer power."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield

@@ -71,6 +71,7 @@ def load(
     unseen: the fraction of clients that are never trained on.
     data_dir: where names are looked for; by default what is prepared in our
       cache, then TFDS_DATA_DIR, then ~/tensorflow_datasets.
+
   Raises:
     FileNotFoundError: if there are no prepared files.
     ValueError: for a feature or split that is not there; names the nearest.
@@ -81,7 +82,12 @@ def load(
     check.choice("the split", wanted, list(prepared.info.splits))
   parts = [records.read(prepared, wanted) for wanted in splits]
   label = label or ("label" if "label" in parts[0] else None)
-  client_id = client_id or (None if partition else "client_id")
+  if client_id and partition:
+    raise ValueError(
+      "clients come from a feature or from a partition, not both: "
+      f"{client_id=} {partition=}"
+    )
+  client_id = client_id or ("" if partition else "client_id")
   for feature in filter(None, (client_id, label, text)):
     check.choice("the feature", feature, list(parts[0]))
   table = {key: _joined([part[key] for part in parts]) for key in parts[0]}
@@ -97,14 +103,14 @@ def load(
   if text is not None:
     leaves |= tokens_lib.rows(table[text], tokenizer, tokens)
   count, *tested = (prepared.info.splits[x].num_examples for x in splits)
-  if partition is None:
+  if client_id:
     keys = np.asarray(table[client_id])[:count]
     owned = partitions.by_feature(keys)
     names = [str(key) for key in np.unique(keys)]
   else:
     names = None
     owned = partitions.by_name(
-      partition,
+      partition or "",
       leaves["label"][:count] if label else np.zeros(count),
       clients,
       alpha=alpha,
@@ -167,5 +173,6 @@ def _labels(
   if isinstance(column, list):
     names, numbers = np.unique(column, return_inverse=True)
     return numbers.astype(np.int32), tuple(map(str, names))
-  names = getattr(prepared.info.features[feature], "names", None)
-  return column, tuple(names or ())
+  return column, tuple(
+    getattr(prepared.info.features[feature], "names", None) or ()
+  )

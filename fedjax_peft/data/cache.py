@@ -12,7 +12,7 @@ import numpy as np
 from fedjax_peft.data import fetch
 
 
-def key(*parts: str | bytes | Iterable[str]) -> str:
+def key(*parts: str | Iterable[str]) -> str:
   """SHA-256 hex of strings and lists of strings; different parts differ.
 
   Example:
@@ -21,10 +21,8 @@ def key(*parts: str | bytes | Iterable[str]) -> str:
   """
   digest = hashlib.sha256()
   for part in parts:
-    if isinstance(part, str | bytes):
-      part = [part]
-    for text in part:
-      data = text.encode() if isinstance(text, str) else text
+    for text in [part] if isinstance(part, str) else part:
+      data = text.encode()
       digest.update(b"%d:" % len(data) + data)
     digest.update(b";")
   return digest.hexdigest()
@@ -55,6 +53,6 @@ def arrays(
       path.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fresh = os.path.join(scratch, "arrays.npz")
-        np.savez(fresh, **made)
+        np.savez(fresh, allow_pickle=False, **made)
         os.replace(fresh, path)
   return made

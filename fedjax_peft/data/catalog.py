@@ -59,6 +59,7 @@ def load(name: str, *, seed: int = 0, **options: Any) -> Population:
     seed: of every draw: held-out rows, partition, unseen clients.
     **options: those of the data set: see `load` in `fedjax_peft.data.sotu`,
       `shakespeare`, `fashion_mnist`.
+
   Raises:
     FileNotFoundError: if the data set is not prepared; says what to run.
     ValueError: for an unknown option; names the nearest.

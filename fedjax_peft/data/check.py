@@ -75,7 +75,7 @@ def rows(what: str, values: Any, count: int) -> np.ndarray:
   return array.astype(np.int32)
 
 
-def ragged(what: str, lists: Ragged, count: int) -> Ragged:
+def row_lists(what: str, lists: Ragged, count: int) -> Ragged:
   """A read-only Ragged, after a check of its rows."""
   flat = rows(what, lists.rows, count)
   indptr = np.asarray(lists.indptr, np.int64)
@@ -87,7 +87,7 @@ def ragged(what: str, lists: Ragged, count: int) -> Ragged:
   return Ragged(frozen(indptr), frozen(flat))
 
 
-def clients(data: "Population"):
+def entries(data: "Population"):
   """Every list has one entry per client, and no client is empty."""
   lengths = {
     key: len(getattr(data, key))

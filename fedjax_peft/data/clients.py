@@ -36,6 +36,7 @@ class Population:
     test: int32 [K] rows of the central test set; may be empty.
     classes: names of the labels, or () if there are no classes.
     name: name of the data set.
+
   Raises:
     ValueError: one sentence naming the leaf, client or row that is wrong.
   """
@@ -54,8 +55,8 @@ class Population:
     rows = check.leaves(examples)
     frozen = {
       "examples": examples,
-      "train": check.ragged("train", self.train, rows),
-      "heldout": check.ragged("heldout", self.heldout, rows),
+      "train": check.row_lists("train", self.train, rows),
+      "heldout": check.row_lists("heldout", self.heldout, rows),
       "names": tuple(map(str, self.names)),
       "seen": check.frozen(np.asarray(self.seen, bool)),
       "test": check.frozen(check.rows("test", self.test, rows)),
@@ -63,7 +64,7 @@ class Population:
     }
     for field, value in frozen.items():
       object.__setattr__(self, field, value)
-    check.clients(self)
+    check.entries(self)
     check.leaks(self)
     check.values(self)
 

@@ -20,8 +20,18 @@ from fedjax_peft.data.ragged import Ragged
 LICENCE = "MIT"
 SOURCE = "Debian dataset-fashion-mnist, 31 MB (needs apt-get and dpkg-deb)"
 VERSION = "1.0.0"
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal")
-CLASSES += ("Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES: tuple[str, ...] = (
+  "T-shirt/top",
+  "Trouser",
+  "Pullover",
+  "Dress",
+  "Coat",
+  "Sandal",
+  "Shirt",
+  "Sneaker",
+  "Bag",
+  "Ankle boot",
+)
 
 
 class FashionMnist(tfds.core.GeneratorBasedBuilder):
@@ -117,9 +127,11 @@ def load(
       (`partition.mirror`).
     unseen: the fraction of clients that are never trained on.
     dtype: "float32" scales pixels to [0, 1]; "uint8" keeps 0 to 255.
+
   Returns:
     Examples `image` [M, 28, 28, 1] and `label` int32 [M]; `test` is the 10,000
     test images.
+
   Raises:
     FileNotFoundError: if the data set is not prepared.
   """

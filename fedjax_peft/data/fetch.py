@@ -19,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 
@@ -49,8 +49,10 @@ def package(
     into: the directory to make. If it exists, it is complete and is kept.
     sdist: get the source archive instead of a wheel.
     timeout: seconds for the download.
+
   Returns:
     `into`.
+
   Raises:
     OSError: if the download fails, takes too long, or is not what it must be.
   """
@@ -123,11 +125,13 @@ def unpack(
     sha256: its hash, hex.
     members: patterns as for `package`.
     into: an existing directory.
+
   Raises:
     OSError: if the hash differs or a pattern matches nothing.
   """
   _check_hash(path, sha256)
   with contextlib.ExitStack() as stack:
+    opened: Callable[[str], IO[bytes] | None]
     if path.suffix == ".whl":
       wheel = stack.enter_context(zipfile.ZipFile(path))
       names = [x.filename for x in wheel.infolist() if not x.is_dir()]
@@ -137,8 +141,9 @@ def unpack(
       names = [x.name for x in tar.getmembers() if x.isfile()]
       opened = tar.extractfile
     for inside in _matching(names, members, path.name):
-      source: IO[bytes] = stack.enter_context(opened(inside))
-      with open(into / pathlib.PurePosixPath(inside).name, "xb") as sink:
+      source = opened(inside)
+      assert source is not None  # extractfile has none for what is no file
+      with source, open(into / inside.rpartition("/")[2], "xb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
 
 
@@ -170,7 +175,9 @@ def _rename(fresh: str, path: pathlib.Path):
     raise
 
 
-def _run(command: list[str], failed: str, timeout: float, cwd=None):
+def _run(
+  command: list[str], failed: str, timeout: float, cwd: str | None = None
+):
   """Runs a command; its last line of complaint becomes the error."""
   try:
     done = subprocess.run(

@@ -43,10 +43,13 @@ def population(
     classes: label names. By default "0", "1", ... up to the largest label, if
       the leaf `label` is integer [M].
     name: a name of the data set, for reports.
+
   Returns:
     A checked `Population`.
+
   Raises:
     ValueError: as `Population` does, or for a fraction that is out of range.
+
   Example:
     >>> data = population({"x": np.eye(4)}, ["ann", "bob", "ann", "bob"])
     >>> data.names, data.train.sizes, data.heldout.sizes
@@ -59,12 +62,12 @@ def population(
     test = check.rows("test", test, rows)
     owned = _without(owned, test)
   rng = np.random.default_rng(seed)
-  if np.ndim(heldout) == 0 and not isinstance(heldout, Ragged):
+  if isinstance(heldout, int | float):
     check.fraction("heldout", heldout)
     train, held = _split(owned, float(heldout), rng)
   else:
     train, held = owned, _ragged(heldout)
-  if np.ndim(unseen) == 0:
+  if isinstance(unseen, int | float):
     check.fraction("unseen", unseen)
     hidden = rng.permutation(len(owned))[: round(unseen * len(owned))]
     seen = ~np.isin(np.arange(len(owned)), hidden)

@@ -65,8 +65,10 @@ def speeches(play: str) -> list[Speech]:
 
   Args:
     play: its text; blank lines separate paragraphs.
+
   Raises:
     ValueError: if there is no line such as "ACT I." to begin at.
+
   Example:
     >>> speeches("KENT\n\nACT I.\n\nKENT.\nWho's there?\n\nALL.\nGrace.")
     [Speech(role='KENT', text="Who's there?")]
@@ -107,6 +109,7 @@ def kind(
   Args:
     role: as in `Speech`.
     known: the roles of the play: "VARRO. CLAUDIUS" is two if both are in it.
+
   Example:
     >>> [kind(role) for role in ("HAM", "1 CLOWN", "ROS. AND GUILD", "ALL")]
     ['person', 'generic', 'group', 'group']
@@ -168,8 +171,7 @@ def _roles(paragraphs: list[list[str]], named: set[str]) -> frozenset[str]:
     _role(line)
     for line in markers
     if counts[_role(line)] > 1
-    or re.fullmatch(r"[A-Z]+\.|(THE )?(PROLOGUE|EPILOGUE)\.?", line)
-    or kind(_role(line)) != "person"
+    or re.fullmatch(r"[A-Z]+\.|ALL|(THE )?(PROLOGUE|EPILOGUE)\.?", line)
     or _is_named(_role(line), named)
   )
 

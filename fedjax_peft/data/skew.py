@@ -38,6 +38,7 @@ def distance(counts: np.ndarray) -> float:
   Args:
     counts: rows of each client and class [N, classes]; clients without rows
       do not count.
+
   Returns:
     In [0, 1): 0 = every client has the mixture of the whole.
   """

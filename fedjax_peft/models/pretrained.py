@@ -129,7 +129,8 @@ def tokenizer(name_or_path: str | pathlib.Path) -> tokenizers.Tokenizer:
     loaded = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises bare Exception
     raise ValueError(
-      f"{path} is truncated or damaged: {error}; copy or prepare it again"
+      f"{path} is truncated or damaged: {error}; remove its directory and"
+      " prepare or copy it again"
     ) from error
   loaded.no_truncation()
   loaded.no_padding()

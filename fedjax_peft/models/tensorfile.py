@@ -89,5 +89,5 @@ def _open(path):
   except safetensors.SafetensorError as error:
     raise ValueError(
       f"{path} is truncated or damaged ({path.stat().st_size} bytes):"
-      f" {error}; copy or prepare it again"
+      f" {error}; remove its directory and prepare or copy it again"
     ) from error

@@ -144,8 +144,8 @@ def freeze(
   Args:
     module: any NNX module, e.g. from `lora` or `tune`; untouched.
     precision: "bf16": kernels are stored and inputs cast to bfloat16, sums are
-      float32 (the relative error of a product of K terms with positive
-      summands is at most 2 ** -7); "float32": each layer's own dtypes.
+      float32; a product errs by at most 0.004 * (|x| @ |kernel|). "float32":
+      each layer's own dtypes.
     transposed: store a transposed copy of each kernel for the backward pass;
       None is True for "bf16" on CPUs, else False.
 
@@ -153,7 +153,7 @@ def freeze(
     A clone with `FrozenLinear` in place of the frozen layers.
 
   Raises:
-    ValueError: if precision is neither name, or the module is frozen already.
+    ValueError: if precision is neither, or the module is frozen already.
 
   Example:
     >>> from fedjax_peft import peft

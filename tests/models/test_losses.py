@@ -1,15 +1,28 @@
 """Losses against hand-computed values and the plain way to compute them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sklearn import metrics
 
 from fedjax_peft import losses, models
 
 KEY = jax.random.key(0)
 TINY = {"vocab": 50, "width": 24, "depth": 1, "heads": 4, "groups": 2}
+
+
+@functools.cache
+def decoder():
+  return models.load("decoder", **TINY)
+
+
+@functools.partial(nnx.jit, static_argnums=2)
+def next_token(model, batch, wrap):
+  return losses.next_token(wrap(model), batch, KEY)
 
 
 def texts(batch=3, length=39):
@@ -23,8 +36,6 @@ def plain(module):
 
 
 def test_cross_entropy_is_that_of_scikit_learn():
-  from sklearn import metrics
-
   logits = jax.random.normal(jax.random.key(1), (6, 4))
   label = jnp.array([0, 3, 1, 1, 2, 0], jnp.int32)
   batch = {"x": logits, "label": label}
@@ -61,27 +72,26 @@ def test_each_token_is_predicted_from_those_before_it():
 
 
 def test_padding_does_not_enter_the_loss():
-  model, batch = models.load("decoder", **TINY), texts()
+  model, batch = decoder(), texts()
   padding = jnp.arange(39)[None] >= batch["length"][:, None]
   other = batch | {"tokens": jnp.where(padding, 7, batch["tokens"])}
-  for module in (model, plain(model)):
-    a, b = (losses.next_token(module, x, KEY) for x in (batch, other))
+  for wrap in (plain, nnx.clone):
+    a, b = (next_token(model, x, wrap) for x in (batch, other))
     np.testing.assert_array_equal(a[0], b[0])
     np.testing.assert_array_equal(a[1]["accuracy"][0], b[1]["accuracy"][0])
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_a_text_with_nothing_to_predict_has_loss_zero(length):
-  model = models.load("decoder", **TINY)
   batch = texts() | {"length": jnp.full(3, length, jnp.int32)}
-  loss, stats = losses.next_token(model, batch, KEY)
+  loss, stats = next_token(decoder(), batch, nnx.clone)
   np.testing.assert_array_equal(loss, 0.0)
   np.testing.assert_array_equal(stats["token_loss"][1], 0.0)
 
 
 @pytest.mark.parametrize("length", [2, 17, 39])
 def test_chunks_give_the_loss_and_gradient_of_all_logits_at_once(length, tol):
-  graph, state = nnx.split(models.load("decoder", **TINY))
+  graph, state = nnx.split(decoder())
   batch = texts()
   batch["tokens"] = batch["tokens"][:, :length]
 
@@ -99,7 +109,7 @@ def test_chunks_give_the_loss_and_gradient_of_all_logits_at_once(length, tol):
 
 
 def test_chunks_never_hold_all_logits():
-  graph, state = nnx.split(models.load("decoder", **TINY))
+  graph, state = nnx.split(decoder())
   batch = texts()
 
   def total(state, wrap):
@@ -143,6 +153,6 @@ def test_what_does_not_fit_is_refused():
     losses.classification(lambda x: x, {"x": label, "label": label}, KEY)
   with pytest.raises(ValueError, match="next_token needs 'length'"):
     losses.next_token(lambda tokens: tokens, {"tokens": label}, KEY)
+  batch = {"x": jnp.zeros((2, 1)), "label": jnp.zeros(2)}
   with pytest.raises(ValueError, match=r"predictions \(2, 1\), labels \(2,\)"):
-    batch = {"x": jnp.zeros((2, 1)), "label": jnp.zeros(2)}
     losses.regression(lambda x: x, batch, KEY)

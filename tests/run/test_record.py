@@ -79,7 +79,7 @@ def test_a_line_that_was_being_written_is_left_out(tmp_path):
 def test_a_broken_line_is_named(tmp_path):
   path = tmp_path / "records.jsonl"
   path.write_text('{"round": 0}\nround 1\n{"round": 2}\n')
-  with pytest.raises(ValueError, match="line 2 of .*must be a JSON object"):
+  with pytest.raises(ValueError, match=r"line 2 of .*must be a JSON object"):
     record.read(path)
 
 

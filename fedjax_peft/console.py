@@ -1,0 +1,152 @@
+"""The console: what a run shows while it goes on, and when it is done.
+
+On a terminal one line is kept up to date; elsewhere every round is a line.
+"""
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.live
+import rich.progress
+import rich.table
+
+Record = Mapping[str, Any]
+
+_SUMMARY = {
+  "train/loss": "training loss",
+  "eval/loss": "held-out loss",
+  "eval/accuracy": "held-out accuracy",
+  "eval/accuracy_mean": "mean over clients",
+  "eval/accuracy_worst10": "worst tenth of clients",
+  "unseen/accuracy": "clients never trained on",
+  "test/accuracy": "central test set",
+}
+
+
+class Progress:
+  """Shows the rounds of a run; use it in a `with` statement."""
+
+  def __init__(self, rounds: int, done: int = 0):
+    """Begins at round `done` of `rounds`."""
+    self._bar = rich.progress.Progress(
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.BarColumn(bar_width=None),
+      rich.progress.TimeElapsedColumn(),
+      rich.progress.TimeRemainingColumn(),
+    )
+    self._task = self._bar.add_task("", total=rounds, completed=done)
+    self._shown: dict[str, Any] = {}
+    self._live = rich.live.Live(
+      get_renderable=self._render, refresh_per_second=2
+    )
+
+  def __enter__(self) -> "Progress":
+    """Starts the display."""
+    if self._live.console.is_terminal:
+      self._live.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
+    """Leaves the last state of the display where it is."""
+    self._live.stop()
+
+  def show(self, record: Record) -> None:
+    """Shows one more round; accuracy stays until it is measured again."""
+    self._shown |= record
+    self._bar.update(self._task, completed=record["round"])
+    if not self._live.console.is_terminal:
+      say(f"{record['round']}/{record['rounds']}  {line(record)}")
+
+  def _render(self) -> rich.console.Group:
+    """The bar, and below it the numbers."""
+    text = line(self._shown) if self._shown else "compiling the first round"
+    return rich.console.Group(self._bar, text)
+
+
+def say(*things: Any, aside: bool = False) -> None:
+  """Prints tables and sentences, on stderr if they are asides."""
+  console = rich.console.Console(highlight=False, stderr=aside)
+  for thing in things:
+    console.print(thing, soft_wrap=isinstance(thing, str), markup=False)
+
+
+def line(record: Record) -> str:
+  """One line for one round.
+
+  Example:
+    >>> line({"train/loss": 1.834, "up_bytes_client": 41200, "wall/seconds": 3})
+    'loss 1.834  client up 41.2 kB  3.0 s'
+  """
+  texts = {
+    "train/loss": "loss {:.3f}",
+    "eval/loss": "held-out {:.3f}",
+    "eval/accuracy": "acc {:.3f}",
+    "eval/accuracy_worst10": "(worst 10% {:.3f})",
+  }
+  parts = [text.format(record[k]) for k, text in texts.items() if k in record]
+  keys = {way: f"{way}_bytes_client" for way in ("up", "down")}
+  sizes = [f"{w} {decimal(record[k])}" for w, k in keys.items() if k in record]
+  if sizes:
+    parts.append(f"client {', '.join(sizes)}")
+  if "wall/seconds" in record:
+    parts.append(f"{record['wall/seconds']:.1f} s")
+  return "  ".join(parts)
+
+
+def decimal(count: float) -> str:
+  """A number of bytes, short.
+
+  Example:
+    >>> decimal(41200), decimal(12)
+    ('41.2 kB', '12 B')
+  """
+  for unit in ("B", "kB", "MB", "GB"):
+    if count < 1000 or unit == "GB":
+      break
+    count /= 1000
+  return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def summary(records: Sequence[Record]) -> rich.table.Table:
+  """The table at the end of a run: each measure first and last."""
+  table = rich.table.Table(box=None, pad_edge=False)
+  for name, justify in (("", "left"), ("first", "right"), ("last", "right")):
+    table.add_column(name, justify=justify)  # type: ignore[arg-type]
+  for key, text in _SUMMARY.items():
+    values = [record[key] for record in records if key in record]
+    if values:
+      table.add_row(text, f"{values[0]:.3f}", f"{values[-1]:.3f}")
+  for way in ("up", "down"):
+    total = sum(
+      value
+      for record in records
+      for key, value in record.items()
+      if key.endswith(f"/{way}_bytes")
+    )
+    if total:
+      table.add_row(f"bytes {way}, all clients and rounds", "", decimal(total))
+  seconds = sum(
+    value
+    for record in records
+    for key, value in record.items()
+    if key.startswith("wall/") and key.endswith("seconds")
+  )
+  table.add_row("seconds", "", f"{seconds:.1f}")
+  return table
+
+
+def facts(rows: Mapping[str, Any]) -> rich.table.Table:
+  """Two columns: what, and how much."""
+  table = rich.table.Table(box=None, pad_edge=False, show_header=False)
+  table.add_column()
+  table.add_column(overflow="fold")
+  for name, value in rows.items():
+    table.add_row(name, str(value))
+  return table

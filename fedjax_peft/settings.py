@@ -1,0 +1,163 @@
+"""Settings: how rounds are executed, chosen from what the compiler says.
+
+A run records its settings and keeps them on resume, since a client's bits
+depend on the width of the lane blocks.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_peft import algorithm as algorithm_lib
+from fedjax_peft import tree, work
+from fedjax_peft.data import schedule
+
+PyTree = Any
+
+EXECUTORS = ("shard_map", "stream", "pmap", "debug")
+
+
+class Settings(NamedTuple):
+  """How rounds are executed. A run records these and keeps them on resume.
+
+  Attributes:
+    executor: one of "shard_map", "stream", "pmap", "debug".
+    devices: D, how many devices share the lanes.
+    blocks: G, blocks of lanes on a device, one after another.
+    width: K, lanes of a block, vmapped. A client's bits depend on it.
+    segment: W, clients that finish on a device before they are reduced.
+  """
+
+  executor: str = "shard_map"
+  devices: int = 1
+  blocks: int = 1
+  width: int = 1
+  segment: int = 1
+
+
+def mesh_of(settings: Settings) -> jax.sharding.Mesh:
+  """The devices of the settings, axis `clients`."""
+  here = jax.devices()
+  if settings.devices > len(here):
+    raise ValueError(
+      f"the settings want {settings.devices} devices, but {len(here)} are "
+      f"here; use devices={len(here)}, or on a CPU start with "
+      f"XLA_FLAGS=--xla_force_host_platform_device_count={settings.devices}"
+    )
+  return jax.sharding.Mesh(
+    np.array(here[: settings.devices]),
+    ("clients",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+
+
+def everywhere(value: PyTree, settings: Settings) -> PyTree:
+  """Puts a pytree on every device of the settings."""
+  spec = jax.sharding.PartitionSpec()
+  sharding = jax.sharding.NamedSharding(mesh_of(settings), spec)
+  return jax.device_put(value, sharding)
+
+
+def choose(
+  algorithm: algorithm_lib.Algorithm,
+  base: PyTree,
+  examples: dict,
+  cohort: int,
+  *,
+  executor_name: Literal["shard_map", "stream", "pmap", "debug"] | None = None,
+  devices: int | None = None,
+  blocks: int = 1,
+  width: int | None = None,
+  segment: int | None = None,
+) -> Settings:
+  """Chooses lanes and segments from the compiler's own memory analysis.
+
+  What one lane needs is read from a compiled step. A CPU core gets as many
+  lanes as its cache holds, since few lanes beat many there; an accelerator as
+  many as fit in a third of its free memory. A segment holds as many finished
+  clients as a tenth of that, and at least one for each lane.
+
+  Args:
+    algorithm: what will run.
+    base: frozen weights.
+    examples: {feature: [M, ...]}.
+    cohort: most clients in a round.
+    executor_name: None streams where the examples do not fit, else shard_map.
+    devices: None takes all there are.
+    blocks: blocks of lanes on a device.
+    width: None chooses.
+    segment: None chooses.
+  """
+  devices = len(jax.devices()) if devices is None else devices
+  room = _room()
+  most = max(1, -(-cohort // (devices * blocks)))
+  if width is None:
+    lane = max(_lane_bytes(algorithm.work, base, examples), 1)
+    budget = room.cache if room.cache else room.memory // 3
+    width = _power_below(min(max(budget // lane, 1), most))
+  message = tree.nbytes(algorithm.work.params)
+  if segment is None:
+    fit = max(room.memory // 10 // max(message, 1), 1)
+    segment = min(schedule.bucket(most * blocks), 64, fit)
+  segment = max(segment, width * blocks)
+  if executor_name is None:
+    fits = tree.nbytes(examples) <= room.memory // 3
+    executor_name = "shard_map" if fits else "stream"
+  return Settings(executor_name, devices, blocks, width, segment)
+
+
+class _Room(NamedTuple):
+  """Bytes of a device: its memory, and its cache (0 = not a CPU)."""
+
+  memory: int
+  cache: int
+
+
+# What one core's lanes may need at once. Measured on two x86 servers: four
+# lanes of a MiniLM with 4 x 32 tokens (57 MiB) were the fastest, eight lost
+# 10 %, sixteen more.
+_CPU_LANES = 64 * 2**20
+
+
+def _room() -> _Room:
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    with open("/proc/meminfo") as file:
+      total = int(file.readline().split()[1]) * 1024
+    return _Room(total // len(jax.devices()), _CPU_LANES)
+  stats = device.memory_stats() or {}
+  limit = stats.get("bytes_limit", 8 * 2**30)
+  return _Room(limit - stats.get("bytes_in_use", 0), 0)
+
+
+def _power_below(n: int) -> int:
+  """The largest power of two that is not above n."""
+  return 1 << (max(n, 1).bit_length() - 1)
+
+
+def _lane_bytes(job: work.Work, base: PyTree, examples: dict) -> int:
+  """Temporary bytes of one client's step, from the compiler."""
+
+  def one(base, rows):
+    sent = work.Sent(
+      {k: jnp.asarray(v) for k, v in job.params.items()},
+      {"round": jnp.int32(0)},
+    )
+    owned = {
+      k: v for k, v in job.params.items() if job.placement.get(k) == "device"
+    }
+    key = jax.random.key(0)
+    batch = work.Batch(rows, jnp.ones(job.local.batch), key)
+    carry = job.init(sent, base, owned, key)
+    return job.step(carry, sent, base, batch)
+
+  rows = {
+    k: jax.ShapeDtypeStruct((job.local.batch, *v.shape[1:]), v.dtype)
+    for k, v in examples.items()
+  }
+  compiled = jax.jit(one).lower(tree.spec(base), rows).compile()
+  memory = compiled.memory_analysis()
+  return math.ceil(memory.temp_size_in_bytes + memory.output_size_in_bytes)

@@ -1,0 +1,127 @@
+"""A toy federation: the smallest model, clients and job that laws need."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import fedjax_peft as fp
+from fedjax_peft import launch
+from fedjax_peft import settings as settings_lib
+
+SIZES = (1, 2, 3, 4, 5, 6, 7, 9, 11, 13)
+
+
+class Net(nnx.Module):
+  """Two layers, two leaves, one nonlinearity."""
+
+  def __init__(self, rngs):
+    self.up = nnx.Linear(5, 7, use_bias=False, rngs=rngs)
+    self.head = nnx.Linear(7, 3, use_bias=False, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(jax.nn.relu(self.up(x)))
+
+
+@functools.cache
+def net() -> fp.Model:
+  return fp.model(
+    Net(nnx.Rngs(0)), fp.losses.classification, precision="float32"
+  )
+
+
+@functools.cache
+def people(sizes=SIZES, heldout=0.0, unseen=0.0, seed=0):
+  """Clients of given sizes, features [5] and one of three labels."""
+  rng = np.random.default_rng(seed)
+  owner = np.repeat(np.arange(len(sizes)), sizes)
+  features = rng.normal(size=(owner.size, 5)).astype(np.float32)
+  label = rng.integers(0, 3, owner.size).astype(np.int32)
+  return fp.data.population(
+    {"x": features, "label": label}, owner, heldout=heldout, unseen=unseen
+  )
+
+
+def voices(batch=4, **options) -> fp.Work:
+  """A job of exact arithmetic: noise from the client's key, sums of features.
+
+  Nothing in it is reassociated by a compiler, so that a message has the same
+  bits however it is computed.
+  """
+
+  def init(sent, base, local, key):
+    noise = jax.random.normal(key, (2, 3))
+    return {"noise": noise, "sum": jnp.zeros(5)}
+
+  def step(carry, sent, base, batch):
+    here = (batch.mask > 0)[:, None]
+    rows = jnp.where(here, batch.examples["x"], jnp.zeros(()))
+    total = carry["sum"]
+    for row in rows:
+      total = total + row
+    count = jnp.sum(batch.mask)
+    return carry | {"sum": total}, {"loss": (count * 2, count)}
+
+  def finish(carry, sent):
+    return carry, {}
+
+  params = {"noise": jnp.zeros((2, 3)), "sum": jnp.zeros(5)}
+  how = fp.local(optax.identity(), batch=batch, **options)
+  placed = dict.fromkeys(params, "cloud")
+  return fp.Work(init, step, finish, params, placed, how)
+
+
+def one_lane(executor="shard_map", devices=1, blocks=1, width=2, segment=4):
+  return fp.Settings(executor, devices, blocks, width, segment)
+
+
+class Player:
+  """Rounds of one algorithm on given cohorts; compiled once."""
+
+  def __init__(self, algorithm, data, base=None, settings=None, most=None):
+    self.algorithm, self.data = algorithm, data
+    self.settings = one_lane() if settings is None else settings
+    self.most = len(data) if most is None else most
+    self.base = settings_lib.everywhere(base or {}, self.settings)
+    self.step = launch.launcher(algorithm, self.settings)
+    self.examples = dict(data.examples)
+    if self.settings.executor in ("shard_map", "pmap"):
+      self.examples = settings_lib.everywhere(self.examples, self.settings)
+
+  def start(self):
+    return self.algorithm.init(clients=len(self.data), cohort=self.most)
+
+  def seat(self, ids, seed=0, round=0):
+    return launch.seat(
+      self.data.train,
+      np.asarray(ids, np.int32),
+      self.algorithm.work.local,
+      self.settings,
+      examples=self.examples,
+      nodes=self.algorithm.tiers[0].size,
+      seed=seed,
+      round=round,
+    )
+
+  def play(self, *cohorts, state=None, seed=0):
+    """One round for each cohort; returns (state, last outcome) as numpy."""
+    state = self.start() if state is None else state
+    state = settings_lib.everywhere(jax.device_get(state), self.settings)
+    outcome = None
+    for ids in cohorts:
+      seated = self.seat(ids, seed, int(state.round))
+      state, outcome = self.step(state, self.base, seated, jax.random.key(seed))
+    return jax.device_get((state, outcome))
+
+
+def same_bits(a, b) -> bool:
+  """Equal structure, dtypes and bytes."""
+  left, right = jax.tree.flatten(a), jax.tree.flatten(b)
+  return left[1] == right[1] and all(
+    np.asarray(x).dtype == np.asarray(y).dtype
+    and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    for x, y in zip(left[0], right[0], strict=True)
+  )
