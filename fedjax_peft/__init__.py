@@ -17,6 +17,7 @@ from fedjax_peft.alias import (
 )
 from fedjax_peft.evaluate import evaluation
 from fedjax_peft.executor import Cohort
+from fedjax_peft.hierarchy import Tier, tier
 from fedjax_peft.link import (
   Context,
   Link,
@@ -34,7 +35,6 @@ from fedjax_peft.rounds import Outcome, State
 from fedjax_peft.runner import Record, run
 from fedjax_peft.sampling import Sampler
 from fedjax_peft.settings import Settings, choose
-from fedjax_peft.tier import Tier, tier
 from fedjax_peft.vectorize import for_each_client
 from fedjax_peft.work import Batch, Local, Sent, Work, gradient, local, train
 

@@ -6,11 +6,11 @@ goes down. State in, state out, key in; nothing here touches the host.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fedjax_peft import executor, placement, rounds, validate, work
-from fedjax_peft import tier as tier_lib
+from fedjax_peft import executor, hierarchy, placement, rounds, validate, work
 
 
 class Algorithm(NamedTuple):
@@ -39,7 +39,7 @@ class Algorithm(NamedTuple):
   finish: Callable
   bytes: Callable
   work: work.Work
-  tiers: tuple[tier_lib.Tier, ...]
+  tiers: tuple[hierarchy.Tier, ...]
   specialize: Callable | None = None
 
   def round(self, state, base, cohort, key, *, shape=(1, 1), spread=None):
@@ -68,7 +68,7 @@ class Algorithm(NamedTuple):
     return self.finish(state, common, flight, cohort)
 
 
-def federated(job: work.Work, tiers: Sequence[tier_lib.Tier]) -> Algorithm:
+def federated(job: work.Work, tiers: Sequence[hierarchy.Tier]) -> Algorithm:
   """Clients work, tiers reduce what they send, the model goes down.
 
   Args:
@@ -93,7 +93,7 @@ def federated(job: work.Work, tiers: Sequence[tier_lib.Tier]) -> Algorithm:
     job,
     # What crosses a boundary: the leaves placed at its tier or higher.
     tuple(
-      tier_lib.boundary(t, labelled(*names[i:])) for i, t in enumerate(tiers)
+      hierarchy.boundary(t, labelled(*names[i:])) for i, t in enumerate(tiers)
     ),
     tuple(sorted(labelled(placement.FROZEN))),
     tuple(sorted(labelled(placement.DEVICE))),
@@ -129,7 +129,7 @@ def _check(job, tiers):
       f"clients report every round: got period={tiers[0].period} at tier "
       f"'{names[0]}'; set the period of a higher tier"
     )
-  for low, high in zip(tiers, tiers[1:], strict=False):
+  for low, high in itertools.pairwise(tiers):
     if low.size % high.size:
       raise ValueError(
         f"the size of tier '{low.name}' must be a multiple of that of "

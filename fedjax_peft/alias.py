@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 
 import optax
 
-from fedjax_peft import algorithm, factored, link, objective, work
-from fedjax_peft import tier as tier_lib
+from fedjax_peft import algorithm, factored, hierarchy, link, objective, work
 
 
 def fedavg(
@@ -34,7 +33,7 @@ def fedavg(
       True insists, False never does.
   """
   job = work.train(model, local, rules=placement, proximal=proximal)
-  cloud = tier_lib.tier("cloud", link=uplink, server=server, down=downlink)
+  cloud = hierarchy.tier("cloud", link=uplink, server=server, down=downlink)
   general = algorithm.federated(job, [cloud])
   if lowrank is False:
     return general
@@ -134,5 +133,5 @@ def fedsgd(
     placement: {regex: "cloud" or "frozen"}.
   """
   job = work.gradient(model, batch=batch, rules=placement)
-  cloud = tier_lib.tier("cloud", link=uplink, server=server, down=downlink)
+  cloud = hierarchy.tier("cloud", link=uplink, server=server, down=downlink)
   return algorithm.federated(job, [cloud])

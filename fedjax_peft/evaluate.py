@@ -23,6 +23,7 @@ from fedjax_peft import (
   vectorize,
   work,
 )
+from fedjax_peft import rounds as round_lib
 from fedjax_peft import settings as settings_lib
 from fedjax_peft.data import schedule
 
@@ -50,7 +51,7 @@ def evaluation(
   settings: settings_lib.Settings | None = None,
   central: Callable[[dict, dict], Mapping[str, float]] | None = None,
   personalize: work.Local | None = None,
-) -> Callable[[algorithm_lib.State], Report]:
+) -> Callable[[round_lib.State], Report]:
   """Evaluates a state on held-out data, client by client.
 
   Every client is tested on its own held-out examples, with the leaves that
@@ -104,8 +105,8 @@ def evaluation(
     job = _test(model, list(local), batch)
     return each(job, state, local, data.heldout)[1]
 
-  def after_training(state) -> Scores:
-    job = _tune(model, personalize, owned)
+  def after_training(state, how: work.Local) -> Scores:
+    job = _tune(model, how, owned)
     tuned, _ = each(job, state, state.clients.local, data.train)
     local = {
       k: np.zeros((len(data), *v.shape[1:]), v.dtype) for k, v in tuned.items()
@@ -130,7 +131,7 @@ def evaluation(
       }
     tables = {"": scores}
     if personalize is not None:
-      tables["personal"] = after_training(state)
+      tables["personal"] = after_training(state, personalize)
     seen = data.seen[tested]
     columns = {"client": tested, "seen": seen}
     for name, table in tables.items():
@@ -199,8 +200,7 @@ def scorer(
     rows = np.asarray(rows, np.int32)
     steps = -(-rows.size // (devices * batch))
     room = schedule.bucket(max(steps, 1))
-    seats = np.zeros(devices * room * batch, np.int32)
-    seats = seats.reshape(devices, room, batch)
+    seats = np.zeros((devices, room, batch), np.int32)
     flat = np.zeros(devices * steps * batch, np.int32)
     flat[: rows.size] = rows
     seats[:, :steps] = flat.reshape(devices, steps, batch)

@@ -9,15 +9,17 @@ large the cohort.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_peft import tree, work
 from fedjax_peft.data import schedule as schedule_lib
 
 PyTree = Any
+Array = jax.Array | np.ndarray
 
 
 class Cohort(NamedTuple):
@@ -34,12 +36,12 @@ class Cohort(NamedTuple):
     examples: {feature: [M, ...]}, what the schedule's rows point into.
   """
 
-  clients: jax.Array
-  weights: jax.Array
-  nodes: jax.Array
+  clients: Array
+  weights: Array
+  nodes: Array
   schedule: schedule_lib.Schedule
-  segments: jax.Array
-  examples: dict[str, jax.Array]
+  segments: Any
+  examples: dict[str, Any]
 
 
 class Lane(NamedTuple):
@@ -71,7 +73,7 @@ class Common(NamedTuple):
 
   sent: work.Sent
   base: PyTree
-  examples: dict[str, jax.Array]
+  examples: Any
   key: jax.Array
 
 
@@ -81,13 +83,13 @@ class Group(NamedTuple):
   Attributes:
     clients: int32 [C] ids, -1 = empty.
     weights: int32 [C].
-    nodes: int32 [C].
+    nodes: int32 [C], or None if the lowest tier has one node.
     local: rows of the leaves that live on the clients.
   """
 
-  clients: jax.Array
-  weights: jax.Array
-  nodes: jax.Array
+  clients: Array
+  weights: Array
+  nodes: Array | None
   local: PyTree
 
 
@@ -178,7 +180,7 @@ def segment(
       examples, mask, jax.vmap(jax.random.fold_in)(keys, count)
     )
     sent = _own(common.sent, group.nodes, place)
-    axis = work.Sent(0 if nodes else None, None)
+    axis: Any = work.Sent(cast(Any, 0 if nodes else None), cast(Any, None))
     local = jax.tree.map(lambda x: x[place], group.local)
     fresh = jax.vmap(job.init, (axis, None, 0, 0))(
       sent, common.base, local, keys
@@ -207,10 +209,8 @@ def segment(
     lane = jax.tree.map(lambda x: x[g], lanes)
 
     def one(t, state):
-      at = (g, t)
-      return tick(
-        *state, plan.rows[at], plan.slot[at], plan.first[at], plan.out[at]
-      )
+      parts = (plan.rows, plan.slot, plan.first, plan.out)
+      return tick(*state, *(x[g, t] for x in parts))
 
     lane, buffer = jax.lax.fori_loop(0, plan.ticks[g], one, (lane, buffer))
     lanes = jax.tree.map(lambda x, y: x.at[g].set(y), lanes, lane)

@@ -23,8 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fedjax_peft import link, objective, peft, placement, tree, work
-from fedjax_peft import tier as tier_lib
+from fedjax_peft import hierarchy, link, objective, peft, placement, tree, work
 from fedjax_peft.peft import adapter
 
 
@@ -93,7 +92,7 @@ def plain_rate(optimizer: optax.GradientTransformation) -> jax.Array | None:
 def why_not(
   job: work.Work,
   model: objective.Model,
-  tiers: tuple[tier_lib.Tier, ...],
+  tiers: tuple[hierarchy.Tier, ...],
   examples: dict,
   steps: int,
 ) -> str:

@@ -55,13 +55,13 @@ class Spec(NamedTuple):
   Attributes:
     message: pytree of `jax.ShapeDtypeStruct`.
     bound: L2 bound over the float leaves of one sender's message.
-    count: bound on the absolute value of its integer leaves.
+    integer_bound: bound on the absolute value of its integer leaves.
     senders: how many messages are added up at most.
   """
 
   message: PyTree
   bound: float = math.inf
-  count: float = math.inf
+  integer_bound: float = math.inf
   senders: int = 1
 
 
@@ -290,7 +290,7 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
   def zeros(spec):
     def decoded(wire):
       wires = jax.tree.map(lambda x: x[None], wire)
-      mine, shared = whole.init(spec)
+      shared = whole.init(spec)[1]
       ctx = alone()
       return jax.tree.map(
         lambda x: x[0], decode(wires, shared, ctx.roster, ctx.key)

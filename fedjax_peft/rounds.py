@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_peft import executor, link, tree, work
-from fedjax_peft import tier as tier_lib
+from fedjax_peft import executor, hierarchy, link, tree, work
 
 PyTree = Any
 
@@ -30,7 +29,7 @@ class Setup(NamedTuple):
   """
 
   job: work.Work
-  boundaries: tuple[tier_lib.Boundary, ...]
+  boundaries: tuple[hierarchy.Boundary, ...]
   frozen: tuple[str, ...]
   owned: tuple[str, ...]
 
@@ -57,7 +56,7 @@ class State(NamedTuple):
   """
 
   round: jax.Array
-  nodes: tuple[tier_lib.Node, ...]
+  nodes: tuple[hierarchy.Node, ...]
   clients: Rows
 
   @property
@@ -148,17 +147,17 @@ def init(setup, params=None, *, clients, cohort):
     held = at.pick(params)
     if top:
       held |= {k: params[k] for k in setup.frozen}
-    node, mine = tier_lib.start(at, held, spec)
+    node, mine = hierarchy.start(at, held, spec)
     if i == 0:
-      rows = tier_lib.repeat(mine, clients)
+      rows = hierarchy.repeat(mine, clients)
     else:
       below = nodes[-1]
       size = below.weight.size
       nodes[-1] = below._replace(
-        anchor=at.pick(below.params), mine=tier_lib.repeat(mine, size)
+        anchor=at.pick(below.params), mine=hierarchy.repeat(mine, size)
       )
     nodes.append(node)
-  local = {k: tier_lib.repeat(params[k], clients) for k in setup.owned}
+  local = {k: hierarchy.repeat(params[k], clients) for k in setup.owned}
   state = State(jnp.zeros((), jnp.int32), tuple(nodes), Rows(local, rows))
   return jax.tree.map(jnp.array, state)  # broadcasts become arrays
 
@@ -166,11 +165,11 @@ def init(setup, params=None, *, clients, cohort):
 def begin(setup, state, base, cohort, key, *, shape, width):
   """The model goes down, and every device gets its clients' rows."""
   at, key = setup.boundaries[0], jax.random.fold_in(key, state.round)
-  received, node = tier_lib.tell(at, state.nodes[0], _boundary_key(key, 0))
+  received, node = hierarchy.tell(at, state.nodes[0], _boundary_key(key, 0))
   state = state._replace(nodes=(node, *state.nodes[1:]))
   top = state.nodes[-1].params
   received |= {
-    k: tier_lib.repeat(top[k][0], at.tier.size) for k in setup.frozen
+    k: hierarchy.repeat(top[k][0], at.tier.size) for k in setup.frozen
   }
   alone = at.tier.size == 1
   if alone:
@@ -189,7 +188,9 @@ def _launch(setup, common, node, shape, width, group, mine):
   """An empty flight for one device."""
   at, places = setup.boundaries[0], group.clients.size
   lanes, buffer = executor.empty(setup.job, common, group, shape, width)
-  zero = at.uplink.zeros(specs(setup, 1)[0]._replace(bound=1.0, count=1))
+  zero = at.uplink.zeros(
+    specs(setup, 1)[0]._replace(bound=1.0, integer_bound=1)
+  )
   shared, own = jax.tree.map(lambda x: x[0], (node.shared, mine))
   one = jax.tree.map(lambda x: x[0], buffer.message)
   _, _, names = jax.eval_shape(at.uplink.send, one, own, shared, link.alone())
@@ -197,7 +198,7 @@ def _launch(setup, common, node, shape, width, group, mine):
     group=group,
     lanes=lanes,
     buffer=buffer,
-    sums=tier_lib.repeat(zero, at.tier.size),
+    sums=hierarchy.repeat(zero, at.tier.size),
     weight=jnp.zeros((at.tier.size,), jnp.int32),
     mine=mine,
     stats=jax.tree.map(
@@ -255,7 +256,7 @@ def absorb(setup, common, shared, flight, slots):
   messages = at.uplink.decode(
     wires, first, roster, _boundary_key(common.key, 0)
   )
-  sums, heard = tier_lib.gather(at, flight.sums, messages, weight, node)
+  sums, heard = hierarchy.gather(at, flight.sums, messages, weight, node)
 
   def keep(rows, new, which):
     where = jnp.where(which, slots, group.clients.size)
@@ -280,14 +281,14 @@ def finish(setup, state, common, flight, cohort):
   sums = _merge(setup.boundaries[0].tier.reduce, flight.sums)
   weight = jnp.sum(flight.weight, axis=0, dtype=jnp.int32)
   roster = link.Roster(cohort.clients.reshape(-1), cohort.weights.reshape(-1))
-  nodes[0] = tier_lib.hear(
+  nodes[0] = hierarchy.hear(
     setup.boundaries[0], nodes[0], sums, weight, roster, _boundary_key(key, 0)
   )
   record, span = {}, 1
   for i, at in enumerate(setup.boundaries[1:], start=1):
     span *= at.tier.period
     due = (state.round + 1) % span == 0
-    low, high, stats = tier_lib.sync(
+    low, high, stats = hierarchy.sync(
       at, nodes[i - 1], nodes[i], _boundary_key(key, i)
     )
     pick = functools.partial(jnp.where, due)

@@ -10,6 +10,7 @@ from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
 from fedjax_peft import evaluate as evaluate_lib
 from fedjax_peft import launch, objective, sampling, validate
+from fedjax_peft import rounds as round_lib
 from fedjax_peft import settings as settings_lib
 
 
@@ -40,11 +41,11 @@ def run(
   rounds: int,
   seed: int = 0,
   settings: settings_lib.Settings | None = None,
-  state: algorithm_lib.State | None = None,
-  evaluate: Callable[[algorithm_lib.State], evaluate_lib.Report] | None = None,
+  state: round_lib.State | None = None,
+  evaluate: Callable[[round_lib.State], evaluate_lib.Report] | None = None,
   every: int = 1,
   tables: Callable[[int, dict], Any] | None = None,
-) -> Iterator[tuple[algorithm_lib.State, Record]]:
+) -> Iterator[tuple[round_lib.State, Record]]:
   """Runs rounds and yields (state, record) after each.
 
   Args:

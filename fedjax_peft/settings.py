@@ -159,5 +159,5 @@ def _lane_bytes(job: work.Work, base: PyTree, examples: dict) -> int:
     for k, v in examples.items()
   }
   compiled = jax.jit(one).lower(tree.spec(base), rows).compile()
-  memory = compiled.memory_analysis()
+  memory: Any = compiled.memory_analysis()
   return math.ceil(memory.temp_size_in_bytes + memory.output_size_in_bytes)

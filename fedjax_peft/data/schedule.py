@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_peft.data import clients
+from fedjax_peft.data import ragged
 
 
 class Schedule(NamedTuple):
-  """Where every batch of a cohort goes. Axes: D devices, S segments,
-  G blocks of lanes, T ticks, K lanes of a block, B examples of a batch.
+  """Where every batch of a cohort goes.
+
+  Axes: D devices, S segments, G blocks of lanes, T ticks, K lanes of a block,
+  B examples of a batch, W rows of a segment's buffer.
 
   Attributes:
     rows: int32 [D, S, G, T, K, B], rows of the examples, -1 = padding.
@@ -112,7 +114,7 @@ def _up(size: int) -> int:
 
 
 def batches(
-  rows: clients.Ragged,
+  rows: ragged.Ragged,
   ids: np.ndarray,
   *,
   batch: int,
@@ -144,7 +146,7 @@ def batches(
   full, rest = np.divmod(sizes, batch)
   one = full + ((rest > 0) & ~(drop_remainder & (full > 0)))
   if steps is None:
-    passes = np.where(sizes > 0, epochs, 0)
+    passes = np.where(sizes > 0, epochs or 1, 0)
     total = passes * one
   else:
     total = np.where(sizes > 0, steps, 0)
@@ -253,7 +255,7 @@ def build(
     t = packing.start[c] + step
     s = np.searchsorted(plan, t, side="right") - 1
     g, k = np.divmod(packing.lane[c] % lanes, width)
-    at = (d, s, g, t - plan[s], k)
+    at: tuple = (np.full_like(t, d), s, g, t - plan[s], k)
     rows[at] = work.rows[begin[c] + step]
     slot[at] = place
     first[at] = step == 0
@@ -262,7 +264,7 @@ def build(
     rank = np.arange(own.size) - np.searchsorted(done, done, side="left")
     slots[d, done, rank] = np.arange(own.size)
     final = step == steps[c] - 1
-    out[tuple(x[final] if np.ndim(x) else x for x in at)] = rank[place[final]]
+    out[tuple(x[final] for x in at)] = rank[place[final]]
   return Schedule(rows, slot, first, out, slots, ticks), members
 
 

@@ -8,7 +8,9 @@ for the same bits, and every wire must be decoded alone.
 Alistarh et al., QSGD, 2017, https://arxiv.org/abs/1610.02132
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,13 +60,13 @@ def fixed_point(bits: int = 32) -> link.Link:
           f"fixed_point({bits=}) has no room for {spec.senders} senders; use "
           "more bits or a smaller cohort"
         )
-    if any(not tree.is_float(x) for x in jax.tree.leaves(spec.message)):
-      if not spec.count * spec.senders < 2 ** (bits - 1):
-        raise ValueError(
-          f"integers of up to {spec.count} from {spec.senders} senders can "
-          f"wrap in fixed_point({bits=}); use weigh(max_weight=...) with a "
-          "smaller weight, more bits or a smaller cohort"
-        )
+    exact = any(not tree.is_float(x) for x in jax.tree.leaves(spec.message))
+    if exact and not spec.integer_bound * spec.senders < 2 ** (bits - 1):
+      raise ValueError(
+        f"integers of up to {spec.integer_bound} from {spec.senders} senders "
+        f"can wrap in fixed_point({bits=}); use weigh(max_weight=...) with a "
+        "smaller weight, more bits or a smaller cohort"
+      )
     limit, scale = grid(spec)
     shared = {
       "scale": jnp.float32(scale),
@@ -126,19 +128,13 @@ def fixed_point(bits: int = 32) -> link.Link:
   )
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Grid:
   """Integers on a shared grid, with the dtypes they decode to."""
 
-  def __init__(self, message, kinds):
-    self.message, self.kinds = message, kinds
-
-  def tree_flatten(self):
-    return (self.message,), self.kinds
-
-  @classmethod
-  def tree_unflatten(cls, kinds, children):
-    return cls(children[0], kinds)
+  message: Any
+  kinds: tuple = dataclasses.field(metadata={"static": True})
 
 
 def _float32_below(limit: int) -> np.float32:
@@ -206,7 +202,8 @@ def int8(*, block: int = 256, stochastic: bool = True) -> link.Link:
   return link.stateless("int8", send, receive, bound=bound, receive_on="each")
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Quantized:
   """Block-quantized values on the wire.
 
@@ -216,12 +213,6 @@ class Quantized:
     dtype: what it decodes to.
   """
 
-  def __init__(self, values, scale, dtype):
-    self.values, self.scale, self.dtype = values, scale, dtype
-
-  def tree_flatten(self):
-    return (self.values, self.scale), self.dtype
-
-  @classmethod
-  def tree_unflatten(cls, dtype, children):
-    return cls(*children, dtype)
+  values: jax.Array
+  scale: jax.Array
+  dtype: np.dtype = dataclasses.field(metadata={"static": True})

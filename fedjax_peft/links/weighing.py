@@ -22,7 +22,7 @@ class Weighed(NamedTuple):
   """
 
   message: Any
-  weight: jax.Array
+  weight: Any
 
 
 def weigh(
@@ -78,7 +78,7 @@ def weigh(
     return spec._replace(
       message=Weighed(spec.message, jax.ShapeDtypeStruct((), jnp.int32)),
       bound=spec.bound * factor,
-      count=factor,
+      integer_bound=factor,
     )
 
   return link.Link(
