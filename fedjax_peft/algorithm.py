@@ -10,6 +10,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from fedjax_peft import executor, hierarchy, placement, rounds, validate, work
 
 
@@ -57,6 +60,7 @@ class Algorithm(NamedTuple):
       (State, Outcome).
     """
     spread = executor.one_by_one if spread is None else spread
+    cohort = jax.tree.map(jnp.asarray, cohort)
     width = cohort.schedule.slots.shape[-1]
     state, common, flight = self.begin(
       state, base, cohort, key, shape=shape, width=width

@@ -79,11 +79,14 @@ def build(run: schema.Config) -> Parts:
   made = alias.fedavg(
     model,
     how,
-    server=_server(run.server),
+    server=_server(run.server, run.rounds),
     uplink=_chain(run.uplink, "uplink"),
     downlink=_chain(run.downlink, "downlink"),
+    placement=run.placement,
     proximal=run.client.proximal,
   )
+  if made.specialize is not None:
+    made, _ = made.specialize(population)
   cohort = _sampler(run.cohort, population)
   most = cohort.most(population)
   # Tracing the first state lets every link refuse what it cannot carry.
@@ -186,9 +189,13 @@ def _rates(run: schema.Config) -> Callable:
   return optimizer
 
 
-def _server(how: schema.Server) -> optax.GradientTransformation:
+def _server(how: schema.Server, rounds: int) -> optax.GradientTransformation:
   """The server's optimizer."""
-  rate = how.learning_rate
+  rate = {
+    "constant": lambda peak: peak,
+    "linear": lambda peak: optax.linear_schedule(peak, 0.0, rounds),
+    "cosine": lambda peak: optax.cosine_decay_schedule(peak, rounds),
+  }[how.schedule](how.learning_rate)
   return {
     "sgd": lambda: optax.sgd(rate),
     "momentum": lambda: optax.sgd(rate, momentum=how.momentum),

@@ -70,9 +70,9 @@ class Progress:
     return rich.console.Group(self._bar, text)
 
 
-def say(*things: Any, aside: bool = False) -> None:
-  """Prints tables and sentences, on stderr if they are asides."""
-  console = rich.console.Console(highlight=False, stderr=aside)
+def say(*things: Any) -> None:
+  """Prints tables and sentences."""
+  console = rich.console.Console(highlight=False, emoji=False)
   for thing in things:
     console.print(thing, soft_wrap=isinstance(thing, str), markup=False)
 

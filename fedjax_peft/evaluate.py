@@ -48,6 +48,7 @@ def evaluation(
   data: data_lib.Population,
   *,
   batch: int = 16,
+  clients: int | None = None,
   settings: settings_lib.Settings | None = None,
   central: Callable[[dict, dict], Mapping[str, float]] | None = None,
   personalize: work.Local | None = None,
@@ -63,6 +64,8 @@ def evaluation(
     model: loss and metrics.
     data: the population.
     batch: examples evaluated at once on a device.
+    clients: test so many clients, always the same ones, spread evenly over
+      the population; None tests all.
     settings: devices and lanes.
     central: more numbers about the model at the top, (params, base) ->
       {name: number}, recorded as `central/name`.
@@ -79,15 +82,20 @@ def evaluation(
   here = settings_lib.Settings("shard_map", len(jax.devices()), 1, 1, 16)
   settings = here if settings is None else settings
   tested = np.flatnonzero(data.heldout.sizes > 0)
+  if clients is not None and clients < tested.size:
+    tested = tested[
+      np.linspace(0, tested.size - 1, clients).round().astype(int)
+    ]
+  heldout = data.heldout if clients is None else _only(data.heldout, tested)
   owned = [
     k for k, v in algorithm.work.placement.items() if v == placement.DEVICE
   ]
   score = scorer(model, data.examples, settings, batch)
   # Clients may share examples with each other and with the central test set.
   unique, place = np.unique(
-    np.concatenate([data.heldout.rows, data.test]), return_inverse=True
+    np.concatenate([heldout.rows, data.test]), return_inverse=True
   )
-  held = data.heldout.rows.size
+  held = heldout.rows.size
 
   def each(job, state, local, rows):
     return vectorize.for_each_client(
@@ -103,7 +111,7 @@ def evaluation(
 
   def on_clients(state, local) -> Scores:
     job = _test(model, list(local), batch)
-    return each(job, state, local, data.heldout)[1]
+    return each(job, state, local, heldout)[1]
 
   def after_training(state, how: work.Local) -> Scores:
     job = _tune(model, how, owned)
@@ -123,7 +131,7 @@ def evaluation(
       found = score(state.params, model.base, unique)
       found = jax.tree.map(lambda x: x[place], found)
       mine = jax.tree.map(lambda x: x[:held], found)
-      scores = per_client(mine, data.heldout, tested)
+      scores = per_client(mine, heldout, tested)
       record |= {
         f"test/{k}": float(t[held:].sum() / max(b[held:].sum(), 1))
         for k, (t, b) in found.items()
@@ -257,6 +265,15 @@ def spread(prefix: str, scores: Scores) -> dict[str, float]:
       jain = float(value.sum() ** 2 / (n * squares)) if squares else 1.0
       record[f"{prefix}/{name}_jain"] = jain
   return record
+
+
+def _only(rows: data_lib.Ragged, clients: np.ndarray) -> data_lib.Ragged:
+  """The rows of some clients; the others have none."""
+  wanted = np.isin(np.arange(len(rows)), clients)
+  none = np.zeros(0, np.int32)
+  return data_lib.Ragged.of(
+    [mine if wanted[i] else none for i, mine in enumerate(rows)]
+  )
 
 
 def _test(model: objective.Model, owned: list, batch: int) -> work.Work:

@@ -32,7 +32,7 @@ class Cohort(NamedTuple):
     weights: int32 [D, C] examples trained on, 0 = empty.
     nodes: int32 [D, C], the lowest tier's node that each client talks to.
     schedule: see `data.schedule`.
-    segments: int32 scalar, how many segments hold work.
+    segments: int32 scalar, how many segments hold work; see `static`.
     examples: {feature: [M, ...]}, what the schedule's rows point into.
   """
 
@@ -42,6 +42,15 @@ class Cohort(NamedTuple):
   schedule: schedule_lib.Schedule
   segments: Any
   examples: dict[str, Any]
+
+  def static(self) -> "Cohort":
+    """The same cohort with loops of fixed length, to differentiate through.
+
+    Loops then run over all ticks and segments that the schedule has room for;
+    those that hold no work change nothing.
+    """
+    plan = self.schedule._replace(ticks=None)
+    return self._replace(schedule=plan, segments=None)
 
 
 class Lane(NamedTuple):
@@ -158,13 +167,13 @@ def segment(
     lanes: as the last segment left them.
     buffer: of W rows; what it holds does not matter.
     plan: the segment's part of the schedule: rows [G, T, K, B], slot, first
-      and out [G, T, K], slots [W], ticks [G].
+      and out [G, T, K], slots [W], ticks [G] or None for all.
 
   Returns:
     (lanes, buffer): the lanes as they are now, and what the clients left that
     finished in this segment, in the rows that `plan.slots` names.
   """
-  width = plan.slots.shape[0]
+  width, (blocks, length) = plan.slots.shape[0], plan.rows.shape[:2]
   nodes = None if group.nodes is None else True
 
   def tick(lane, buffer, rows, slot, first, out):
@@ -212,11 +221,11 @@ def segment(
       parts = (plan.rows, plan.slot, plan.first, plan.out)
       return tick(*state, *(x[g, t] for x in parts))
 
-    lane, buffer = jax.lax.fori_loop(0, plan.ticks[g], one, (lane, buffer))
+    ticks = length if plan.ticks is None else plan.ticks[g]
+    lane, buffer = jax.lax.fori_loop(0, ticks, one, (lane, buffer))
     lanes = jax.tree.map(lambda x, y: x.at[g].set(y), lanes, lane)
     return lanes, buffer
 
-  blocks = plan.ticks.shape[0]
   if blocks == 1:
     return block(0, (lanes, buffer))
   return jax.lax.fori_loop(0, blocks, block, (lanes, buffer))

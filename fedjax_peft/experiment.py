@@ -133,12 +133,16 @@ def _train(run, where, parts, before, allow_drift) -> None:
 
 def _rounds(run, parts, settings, state, where) -> Iterator[tuple[Any, Any]]:
   """The rounds that are left."""
+  how = run.evaluate
+  own = parts.algorithm.work.local._replace(steps=how.personalize)
   measure = evaluate.evaluation(
     parts.algorithm,
     parts.model,
     parts.data,
-    batch=run.evaluate.batch,
+    batch=how.batch,
+    clients=how.clients,
     settings=settings,
+    personalize=own if how.personalize else None,
   )
   return runner.run(
     parts.algorithm,
@@ -150,7 +154,8 @@ def _rounds(run, parts, settings, state, where) -> Iterator[tuple[Any, Any]]:
     settings=settings,
     state=state,
     evaluate=measure,
-    every=run.evaluate.every,
+    every=how.every,
+    first=how.first,
     tables=lambda number, table: record.write_clients(
       where.clients, number, table
     ),
@@ -306,7 +311,8 @@ def _polite() -> Iterator[list[int]]:
     if asked:
       raise KeyboardInterrupt
     asked.append(number)
-    console.say("stopping after this round; Ctrl-C again stops now", aside=True)
+    # A handler may interrupt anything, so it must not share code with it.
+    os.write(2, b"stopping after this round; Ctrl-C again stops now\n")
 
   before = signal.signal(signal.SIGINT, ask)
   try:

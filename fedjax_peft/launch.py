@@ -9,6 +9,7 @@ names the one that fails. On a CPU the devices are streams, one a core.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def seat(
   for d, member in enumerate(members):
     clients[d, : len(member)] = ids[member]
     weights[d, : len(member)] = rows.sizes[ids[member]]
-  used = plan.ticks.any(axis=(0, 2))
+  used = (plan.slots >= 0).any(axis=(0, 2))  # a segment ends as clients do
   last = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
   return executor.Cohort(
     clients=clients,
@@ -81,15 +82,23 @@ def seat(
   )
 
 
+class Launcher(NamedTuple):
+  """A round, ready to run.
+
+  Attributes:
+    run: (state, base, cohort, key) -> (state, Outcome). The rows of the state
+      that live on the clients are updated in place: use what comes back.
+    programs: () -> how many programs were compiled so far.
+  """
+
+  run: Callable
+  programs: Callable[[], int]
+
+
 def launcher(
   algorithm: algorithm_lib.Algorithm, settings: Settings
-) -> Callable:
-  """Compiles a round for the settings.
-
-  Returns:
-    (state, base, cohort, key) -> (state, Outcome). The rows of the state
-    that live on the clients are updated in place: use what comes back.
-  """
+) -> Launcher:
+  """Compiles a round for the settings."""
   validate.one_of(settings_lib.EXECUTORS, executor=settings.executor)
   shape = (settings.blocks, settings.width)
   if settings.executor == "shard_map":
@@ -110,7 +119,7 @@ def launcher(
       rest = state._replace(clients=())
       return fused(rest, state.clients, base, cohort, key)
 
-    return run
+    return Launcher(run, lambda: _programs(fused))
   return _in_pieces(algorithm, settings, shape)
 
 
@@ -148,7 +157,12 @@ def _in_pieces(algorithm, settings, shape):
         flight = segments((part, shared, jnp.int32(1)), (flight, plan))
     return finish(state, common, flight, few)
 
-  return run
+  return Launcher(run, lambda: _programs(begin, segments, finish))
+
+
+def _programs(*jitted) -> int:
+  """Programs compiled so far by jitted functions."""
+  return sum(getattr(f, "_cache_size", lambda: 0)() for f in jitted)
 
 
 def _window(plan, examples):

@@ -222,6 +222,8 @@ def segments(setup, shared_args, split_args):
     flight = flight._replace(lanes=lanes, buffer=buffer)
     return absorb(setup, common, shared, flight, plan.slots)
 
+  if number is None:
+    number = plans.rows.shape[0]
   return jax.lax.fori_loop(0, number, one, flight)
 
 

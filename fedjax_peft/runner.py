@@ -44,6 +44,7 @@ def run(
   state: round_lib.State | None = None,
   evaluate: Callable[[round_lib.State], evaluate_lib.Report] | None = None,
   every: int = 1,
+  first: bool = False,
   tables: Callable[[int, dict], Any] | None = None,
 ) -> Iterator[tuple[round_lib.State, Record]]:
   """Runs rounds and yields (state, record) after each.
@@ -60,6 +61,8 @@ def run(
     evaluate: measures a state; see `evaluate.evaluation`. None measures
       nothing but the clients' training.
     every: rounds between two evaluations; the last round is always measured.
+    first: also measure before the first round, into the first record, under
+      `start/`.
     tables: called with (round, per-client columns) after an evaluation.
 
   Yields:
@@ -103,17 +106,22 @@ def run(
       round=number,
     )
 
-  first = int(state.round)
-  seated = seat(first) if first < rounds else None
-  for number in range(first, rounds):
+  begin = int(state.round)
+  start = {}
+  if first and begin == 0 and evaluate is not None:
+    start = evaluate(state).record
+  seated = seat(begin) if begin < rounds else None
+  for number in range(begin, rounds):
     begun = time.perf_counter()
     here = seated
-    state, outcome = step(state, base, here, key)
+    state, outcome = step.run(state, base, here, key)
     if number + 1 < rounds:  # the host plans while the devices work
       seated = seat(number + 1)
     record = Record(round=number + 1, rounds=rounds)
     record |= {k: float(v) for k, v in outcome.record.items()}
     record |= _traffic(algorithm, sizes, here, record)
+    if number == 0:
+      record |= {f"start/{k}": v for k, v in start.items()}
     trained = time.perf_counter()
     measured = evaluate is not None and (
       (number + 1) % every == 0 or number + 1 == rounds
@@ -125,6 +133,7 @@ def run(
         tables(number + 1, report.clients)
     done = time.perf_counter()
     record["wall/seconds"] = trained - begun
+    record["wall/programs"] = step.programs()
     if measured:
       record["wall/evaluate_seconds"] = done - trained
     yield state, record

@@ -91,6 +91,9 @@ class Server:
   b1: Fraction = _doc("decay of the first moment (adam, yogi)", 0.9)
   b2: Fraction = _doc("decay of the second moment (adam, yogi)", 0.99)
   eps: Positive = _doc("added to the root of the second moment", 1e-3)
+  schedule: Literal["constant", "linear", "cosine"] = _doc(
+    "how the learning rate moves over the rounds", "constant"
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,13 @@ class Evaluate:
     "rounds between two evaluations; the last is always one", 10
   )
   batch: Count = _doc("examples evaluated at a time on a device", 16)
+  clients: Count | None = _doc(
+    "test so many clients, spread evenly (all)", None
+  )
+  first: bool = _doc("also measure before the first round", False)
+  personalize: Natural = _doc(
+    "also test each client after so many local steps of its own", 0
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,6 +162,9 @@ class Config:
   model: Model
   data: Table = _doc(
     "name from `fedjax-peft data list`, and that data set's options"
+  )
+  placement: Table = _doc(
+    'where leaves live, {"head/.*" = "device"}: cloud, device or frozen', {}
   )
   client: Client = _section(Client)
   server: Server = _section(Server)

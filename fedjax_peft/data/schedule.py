@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
       message goes to after this tick; the segment's width where it goes on.
     slots: int32 [D, S, W], whose message each row of the buffer holds,
       -1 = nobody's.
-    ticks: int32 [D, S, G], how many ticks each block runs.
+    ticks: int32 [D, S, G], how many ticks each block runs; None = all.
   """
 
   rows: np.ndarray
@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
   first: np.ndarray
   out: np.ndarray
   slots: np.ndarray
-  ticks: np.ndarray
+  ticks: np.ndarray | None
 
 
 class Batches(NamedTuple):
