@@ -123,10 +123,11 @@ def _train(run, where, parts, before, allow_drift) -> None:
       for state, line in _rounds(run, parts, settings, start, where):
         line["wall/write_seconds"] = spent  # of the round before
         begun = time.perf_counter()
-        _write(run, where, saves, state, line, asked)
+        last = bool(asked)  # read once, since it may be asked at any moment
+        _write(run, where, saves, state, line, last)
         spent = time.perf_counter() - begun
         progress.show(line)
-        if asked:
+        if last:
           break
     saves.wait()
 
@@ -162,13 +163,13 @@ def _rounds(run, parts, settings, state, where) -> Iterator[tuple[Any, Any]]:
   )
 
 
-def _write(run, where, saves, state, line, asked) -> None:
+def _write(run, where, saves, state, line, last) -> None:
   """The record of a round, and then its checkpoint."""
   world, number = state._replace(clients=()), line["round"]
   line["state/digest"] = record.digest(world)
   length = record.append(where.records, line)
   saves.check()
-  if asked or number == run.rounds or number % run.checkpoint.every == 0:
+  if last or number == run.rounds or number % run.checkpoint.every == 0:
     meta = {"round": number, "records_bytes": length}
     saves.save(number, world, state.clients, meta)
 

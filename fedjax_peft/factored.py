@@ -43,9 +43,12 @@ class SharedLinear(nnx.Module):
     seen: [B, K] the input of this step.
   """
 
-  def __init__(self, layer: nnx.Linear, past: int, batch: int):
-    self.kernel, self.bias = layer.kernel, layer.bias
-    self.use_bias = layer.bias is not None
+  def __init__(
+    self, layer: nnx.Linear, past: int, batch: int, bias_moves: bool
+  ):
+    self.kernel = layer.kernel
+    self.bias = nnx.data(layer.bias)
+    self.bias_moves = bias_moves
     K, F = layer.in_features, layer.out_features
     self.past_x = _Tape(jnp.zeros((past, K)))
     self.past_g = _Tape(jnp.zeros((past, F)))
@@ -60,9 +63,9 @@ class SharedLinear(nnx.Module):
     y = x @ kernel + self.probe[...]
     if past_x.shape[0]:
       # A bias is a feature that is always one.
-      gram = x @ past_x.T + (1.0 if self.use_bias else 0.0)
+      gram = x @ past_x.T + (1.0 if self.bias_moves else 0.0)
       y = y - gram @ past_g
-    return y + self.bias[...] if self.use_bias else y
+    return y if self.bias is None else y + self.bias[...][None]
 
 
 def plain_rate(optimizer: optax.GradientTransformation) -> jax.Array | None:
@@ -153,9 +156,9 @@ def train(
   """
   layers = _layers(model.origin, general.placement)
   batch = how.batch
-  shared = _share(model.origin, set(layers), (steps - 1) * batch, batch)
+  moving = {k for k, v in general.placement.items() if v != placement.FROZEN}
+  shared = _share(model.origin, set(layers), moving, (steps - 1) * batch, batch)
   split = peft.split(shared)
-  frozen = {k for k, v in general.placement.items() if v == placement.FROZEN}
 
   def init(sent, base, local, key):
     history = {
@@ -209,9 +212,9 @@ def train(
     for name, (x, g) in carry[0].items():
       left, right = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
       message[f"{name}/kernel"] = tree.Factored(left, right)
-      if f"{name}/bias" in general.placement:
+      if f"{name}/bias" in moving:
         message[f"{name}/bias"] = right.sum(0)
-    return {k: v for k, v in message.items() if k not in frozen}, {}
+    return message, {}
 
   return general._replace(init=init, step=step, finish=finish)
 
@@ -241,12 +244,13 @@ def _layers(module: nnx.Module, labels: dict) -> dict[str, nnx.Linear]:
   }
 
 
-def _share(module, names, past, batch):
+def _share(module, names, moving, past, batch):
   """A clone whose named layers are `SharedLinear`s."""
 
   def one(path, node):
-    if type(node) is nnx.Linear and adapter.join(path) in names:
-      return SharedLinear(node, past, batch)
+    name = adapter.join(path)
+    if type(node) is nnx.Linear and name in names:
+      return SharedLinear(node, past, batch, f"{name}/bias" in moving)
     return node
 
   return adapter.replace(module, one)
