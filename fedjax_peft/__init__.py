@@ -1,94 +1,79 @@
 """Federated fine-tuning of foundation models, simulated at full speed.
 
 import fedjax_peft as fp
+
+Names are loaded when they are first used: the command line sets the
+environment of a CPU's streams before jax is imported.
 """
 
-from fedjax_peft import data, evaluate, losses, models, peft, reduce
-from fedjax_peft import sampling as sample
-from fedjax_peft.algorithm import Algorithm, federated
-from fedjax_peft.alias import (
-  fedadagrad,
-  fedadam,
-  fedavg,
-  fedavgm,
-  fedprox,
-  fedsgd,
-  fedyogi,
-)
-from fedjax_peft.evaluate import evaluation
-from fedjax_peft.executor import Cohort
-from fedjax_peft.hierarchy import Tier, tier
-from fedjax_peft.link import (
-  Context,
-  Link,
-  Roster,
-  Spec,
-  broadcast,
-  chain,
-  cut,
-  exchange,
-)
-from fedjax_peft.links import clip, fixed_point, int8, weigh
-from fedjax_peft.objective import Model, model
-from fedjax_peft.reduce import Reduce
-from fedjax_peft.rounds import Outcome, State
-from fedjax_peft.runner import Record, run
-from fedjax_peft.sampling import Sampler
-from fedjax_peft.settings import Settings, choose
-from fedjax_peft.vectorize import for_each_client
-from fedjax_peft.work import Batch, Local, Sent, Work, gradient, local, train
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = [
-  "Algorithm",
-  "Batch",
-  "Cohort",
-  "Context",
-  "Link",
-  "Local",
-  "Model",
-  "Outcome",
-  "Record",
-  "Reduce",
-  "Roster",
-  "Sampler",
-  "Sent",
-  "Settings",
-  "Spec",
-  "State",
-  "Tier",
-  "Work",
-  "broadcast",
-  "chain",
-  "choose",
-  "clip",
-  "cut",
-  "data",
-  "evaluate",
-  "evaluation",
-  "exchange",
-  "fedadagrad",
-  "fedadam",
-  "fedavg",
-  "fedavgm",
-  "federated",
-  "fedprox",
-  "fedsgd",
-  "fedyogi",
-  "fixed_point",
-  "for_each_client",
-  "gradient",
-  "int8",
-  "local",
-  "losses",
-  "model",
-  "models",
-  "peft",
-  "reduce",
-  "run",
-  "sample",
-  "tier",
-  "train",
-  "weigh",
-]
+# Public names by the module that defines them.
+_PUBLIC = {
+  "algorithm": ("Algorithm", "federated"),
+  "alias": (
+    "fedadagrad",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "fedprox",
+    "fedsgd",
+    "fedyogi",
+  ),
+  "evaluate": ("evaluation",),
+  "executor": ("Cohort",),
+  "hierarchy": ("Tier", "tier"),
+  "launch": ("seat",),
+  "link": (
+    "Context",
+    "Link",
+    "Roster",
+    "Spec",
+    "broadcast",
+    "chain",
+    "cut",
+    "exchange",
+  ),
+  "links": ("clip", "fixed_point", "int8", "weigh"),
+  "objective": ("Model", "model"),
+  "reduce": ("Reduce",),
+  "rounds": ("Outcome", "State"),
+  "runner": ("Record", "run"),
+  "sampling": ("Sampler",),
+  "settings": ("Settings", "choose"),
+  "vectorize": ("for_each_client",),
+  "work": ("Batch", "Local", "Sent", "Work", "gradient", "local", "train"),
+}
+# Public modules, and those that go by another name.
+_MODULES = {
+  "data": "data",
+  "evaluate": "evaluate",
+  "losses": "losses",
+  "models": "models",
+  "peft": "peft",
+  "reduce": "reduce",
+  "sample": "sampling",
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str):
+  """Loads a public name when it is first used (PEP 562)."""
+  if name in _HOME:
+    module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    value = getattr(module, name)
+  elif name in _MODULES:
+    value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+  else:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  """The public names, loaded or not."""
+  return sorted({*globals(), *__all__})

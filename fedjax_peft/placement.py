@@ -6,6 +6,7 @@ never changes. So personalization is leaves that do not travel.
 """
 
 from collections.abc import Mapping, Set
+from typing import NamedTuple
 
 from fedjax_peft import validate
 
@@ -48,3 +49,25 @@ def resolve(
       "fewer"
     )
   return placed
+
+
+class Groups(NamedTuple):
+  """Names of leaves by where they live, each sorted.
+
+  Sorted, since the order in which a program is traced must not depend on how
+  a process happens to hash strings.
+  """
+
+  frozen: tuple[str, ...]
+  owned: tuple[str, ...]
+  moving: tuple[str, ...]
+
+
+def split(labels: Mapping[str, str]) -> Groups:
+  """Groups labelled leaves into frozen, owned by the device, and moving."""
+  names = sorted(labels)
+  return Groups(
+    tuple(k for k in names if labels[k] == FROZEN),
+    tuple(k for k in names if labels[k] == DEVICE),
+    tuple(k for k in names if labels[k] not in (FROZEN, DEVICE)),
+  )

@@ -75,28 +75,38 @@ def scale(tree: PyTree, factor: jax.Array) -> PyTree:
 def norm(tree: PyTree) -> jax.Array:
   """L2 norm over all float leaves together, accumulated in float32.
 
-  Each leaf is divided by its largest value before it is squared, so that
-  neither huge nor tiny messages overflow or vanish. Of a `Factored` leaf the
-  norm is taken of the product, through its two Gram matrices.
+  Leaves are divided by about their largest value before they are squared, so
+  that neither huge nor tiny messages overflow or vanish. Of a `Factored` leaf
+  the norm is that of the product, from above: what its two Gram matrices may
+  lose where terms cancel is added.
   """
   squares, peaks = [], []
   for x in leaves(tree):
     if is_factored(x):
-      left, right = x.left.astype(jnp.float32), x.right.astype(jnp.float32)
+      left, a = _scaled(x.left)
+      right, b = _scaled(x.right)
       gram = (left @ left.T) * (right @ right.T)
-      squares.append(jnp.maximum(gram.sum(), 0))
-      peaks.append(jnp.ones((), jnp.float32))
+      lost = 4 * jnp.finfo(jnp.float32).eps * math.sqrt(left.size + right.size)
+      squares.append(jnp.sum(gram + lost * jnp.abs(gram)))
+      peaks.append(a * b)
     elif is_float(x):
-      x = x.astype(jnp.float32)
-      peak = jnp.max(jnp.abs(x), initial=0)
-      safe = jnp.where(peak > 0, peak, 1)
-      squares.append(jnp.sum(jnp.square(x / safe)))
+      x, peak = _scaled(x)
+      squares.append(jnp.sum(jnp.square(x)))
       peaks.append(peak)
   if not squares:
     return jnp.zeros((), jnp.float32)
   peak = jnp.stack(peaks)
   top = jnp.maximum(jnp.max(peak), jnp.finfo(jnp.float32).tiny)
   return top * jnp.sqrt(jnp.sum(jnp.stack(squares) * jnp.square(peak / top)))
+
+
+def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(x / s, s) in float32, s being about the largest |x|."""
+  x = x.astype(jnp.float32)
+  peak = jnp.max(jnp.abs(x), initial=0)
+  # A compiler may multiply by 1 / peak, which of a huge peak is zero.
+  peak = jnp.where(peak > 1, peak / 16, peak)
+  return x / jnp.where(peak == 0, 1, peak), peak
 
 
 def is_finite(tree: PyTree) -> jax.Array:

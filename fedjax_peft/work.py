@@ -144,10 +144,8 @@ def train(
   labels = placement.resolve(
     list(model.params), rules, list(tiers), model.mutable
   )
-  frozen = {k for k, v in labels.items() if v == placement.FROZEN}
-  owned = {k for k, v in labels.items() if v == placement.DEVICE}
-  moving = set(labels) - frozen - owned
-  changed_names = model.mutable - frozen
+  frozen, owned, moving = placement.split(labels)
+  changed_names = sorted(model.mutable.difference(frozen))
 
   def init(sent, base, local_rows, key):
     params = {k: sent.params[k] for k in moving} | local_rows
@@ -215,7 +213,7 @@ def gradient(
       "fedsgd sends gradients and keeps nothing on the device: got leaves that "
       "live there or change in the forward pass; use fedavg for them"
     )
-  moving = {k for k, v in labels.items() if v != placement.FROZEN}
+  moving = placement.split(labels).moving
 
   def init(sent, base, local_rows, key):
     zeros = tree.zeros_like({k: sent.params[k] for k in moving})

@@ -42,10 +42,11 @@ def clip(clip_norm: float) -> link.Link:
 
     def one(x):
       if tree.is_factored(x):
-        return tree.Factored(keep(x.left), keep(x.right * factor))
-      if not tree.is_float(x):
-        return x
-      return keep(x * factor.astype(x.dtype))
+        return tree.Factored(keep(x.left), keep(scaled(x.right)))
+      return keep(scaled(x)) if tree.is_float(x) else x
+
+    def scaled(x):  # in float32: a small factor would vanish in half precision
+      return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
     def keep(x):
       return jnp.where(ok, x, jnp.zeros_like(x))  # where: 0 * nan is nan

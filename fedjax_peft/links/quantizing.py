@@ -84,8 +84,9 @@ def fixed_point(bits: int = 32) -> link.Link:
       y = jnp.clip(jnp.round(x.astype(jnp.float32) * scale), -limit, limit)
       return y.astype(jnp.int32).astype(dtype)
 
+    room = limit * 1.000001 + 1  # what is at the bound may round above it
     saturated = [
-      jnp.sum(jnp.abs(x.astype(jnp.float32) * scale) > limit + 1)
+      jnp.sum(jnp.abs(x.astype(jnp.float32) * scale) > room)
       for x in jax.tree.leaves(message)
       if tree.is_float(x)
     ]

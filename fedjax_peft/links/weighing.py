@@ -75,10 +75,11 @@ def weigh(
 
   def after(spec):
     factor = math.inf if top is None else top
+    held = any(not tree.is_float(x) for x in jax.tree.leaves(spec.message))
     return spec._replace(
       message=Weighed(spec.message, jax.ShapeDtypeStruct((), jnp.int32)),
       bound=spec.bound * factor,
-      integer_bound=factor,
+      integer_bound=factor * (max(spec.integer_bound, 1) if held else 1),
     )
 
   return link.Link(

@@ -67,7 +67,7 @@ def test_every_rate_is_above_zero_from_the_first_round():
 def test_a_server_optimizer_is_the_one_named(name, reference):
   how = {"optimizer": name, "learning_rate": 0.1, "momentum": 0.8}
   how |= {"b1": 0.7, "b2": 0.6, "eps": 0.01}
-  found = build._server(config.parse({**TINY, "server": how}).server)
+  found = build._server(config.parse({**TINY, "server": how}).server, 10)
   params = jnp.array([1.0, -2.0])
   states = [x.init(params) for x in (found, reference)]
   for gradient in (jnp.array([0.5, 2.0]), jnp.array([-0.1, 0.3])):
