@@ -11,11 +11,10 @@ python scripts/bench_bare.py w2 --precision bf16   # from bench_engine.py, which
 import argparse
 import functools
 
-import jax
-import jax.numpy as jnp
-
 import bench_models as models
 import bench_workload as workload
+import jax
+import jax.numpy as jnp
 
 
 def main() -> None:
@@ -220,7 +219,7 @@ def w2_chunk(params, base, tokens, label, shape) -> dict:
 
 @jax.custom_vjp
 def product(x: jax.Array, w: jax.Array, w_t: jax.Array | None) -> jax.Array:
-  """x @ w in the precision of w, summed in float32; no gradient for w."""
+  """Is x @ w in the precision of w, summed in float32; w has no gradient."""
   return jnp.dot(x.astype(w.dtype), w, preferred_element_type=jnp.float32)
 
 

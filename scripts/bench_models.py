@@ -7,11 +7,10 @@ barriers to `encode`, so both run the same mathematics.
 import math
 from collections.abc import Callable
 
+import bench_workload as workload
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import bench_workload as workload
 
 
 def w1_params(shape: workload.W1) -> dict:
@@ -90,7 +89,7 @@ def w2_params(shape: workload.W2) -> dict:
 
 
 def dense(x: jax.Array, layer: dict) -> jax.Array:
-  """x @ kernel + bias."""
+  """A layer: x @ kernel + bias."""
   return x @ layer["kernel"] + layer["bias"]
 
 

@@ -113,7 +113,8 @@ class Player:
     outcome = None
     for ids in cohorts:
       seated = self.seat(ids, seed, int(state.round))
-      state, outcome = self.step(state, self.base, seated, jax.random.key(seed))
+      key = jax.random.key(seed)
+      state, outcome = self.step.run(state, self.base, seated, key)
     return jax.device_get((state, outcome))
 
 
