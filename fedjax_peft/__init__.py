@@ -58,7 +58,7 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [*_HOME, *_MODULES]
+__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604, all are strings
 
 
 def __getattr__(name: str):

@@ -65,7 +65,7 @@ def evaluation(
     data: the population.
     batch: examples evaluated at once on a device.
     clients: test so many clients, always the same ones, spread evenly over
-      the population; None tests all.
+      the population, and leave the central test set out; None tests all.
     settings: devices and lanes.
     central: more numbers about the model at the top, (params, base) ->
       {name: number}, recorded as `central/name`.
@@ -91,9 +91,10 @@ def evaluation(
     k for k, v in algorithm.work.placement.items() if v == placement.DEVICE
   ]
   score = scorer(model, data.examples, settings, batch)
+  central_rows = data.test if clients is None else data.test[:0]
   # Clients may share examples with each other and with the central test set.
   unique, place = np.unique(
-    np.concatenate([heldout.rows, data.test]), return_inverse=True
+    np.concatenate([heldout.rows, central_rows]), return_inverse=True
   )
   held = heldout.rows.size
 
@@ -135,7 +136,7 @@ def evaluation(
       record |= {
         f"test/{k}": float(t[held:].sum() / max(b[held:].sum(), 1))
         for k, (t, b) in found.items()
-        if data.test.size
+        if central_rows.size
       }
     tables = {"": scores}
     if personalize is not None:

@@ -115,7 +115,7 @@ class Evaluate:
   )
   batch: Count = _doc("examples evaluated at a time on a device", 16)
   clients: Count | None = _doc(
-    "test so many clients, spread evenly (all)", None
+    "test so many clients only, spread evenly (all)", None
   )
   first: bool = _doc("also measure before the first round", False)
   personalize: Natural = _doc(

@@ -86,7 +86,7 @@ def norm(tree: PyTree) -> jax.Array:
       left, a = _scaled(x.left)
       right, b = _scaled(x.right)
       gram = (left @ left.T) * (right @ right.T)
-      lost = 4 * jnp.finfo(jnp.float32).eps * math.sqrt(left.size + right.size)
+      lost = 2 * jnp.finfo(jnp.float32).eps * math.sqrt(left.size + right.size)
       squares.append(jnp.sum(gram + lost * jnp.abs(gram)))
       peaks.append(a * b)
     elif is_float(x):
