@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping
 
 import optax
 
-from fedjax_peft import algorithm, factored, hierarchy, link, objective, work
+from fedjax_peft import (
+  adaptive,
+  algorithm,
+  factored,
+  hierarchy,
+  link,
+  objective,
+  work,
+)
 
 
 def fedavg(
@@ -76,8 +84,8 @@ def fedavgm(
   return fedavg(model, local, server=server, **options)
 
 
-def _adaptive(make: Callable, name: str, paper: str) -> Callable:
-  """An alias for an adaptive server optimizer of Reddi et al."""
+def _adaptive(make: Callable, name: str) -> Callable:
+  """An alias for an adaptive server optimizer."""
 
   def alias(
     model: objective.Model,
@@ -87,30 +95,20 @@ def _adaptive(make: Callable, name: str, paper: str) -> Callable:
     eps: float = 1e-3,
     **options,
   ) -> algorithm.Algorithm:
-    return fedavg(model, local, server=make(learning_rate, eps), **options)
+    server = make(learning_rate, eps=eps)
+    return fedavg(model, local, server=server, **options)
 
   alias.__name__ = name
-  alias.__doc__ = f"{paper} at the server (Reddi et al., arXiv 2003.00295)."
+  alias.__doc__ = f"""`adaptive.{make.__name__}` at the server.
+
+  Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295.
+  """
   return alias
 
 
-fedadam = _adaptive(
-  lambda rate, eps: optax.adam(rate, b1=0.9, b2=0.99, eps=eps),
-  "fedadam",
-  "Adam",
-)
-fedyogi = _adaptive(
-  lambda rate, eps: optax.yogi(rate, b1=0.9, b2=0.99, eps=eps),
-  "fedyogi",
-  "Yogi",
-)
-fedadagrad = _adaptive(
-  lambda rate, eps: optax.adagrad(
-    rate, initial_accumulator_value=eps**2, eps=eps
-  ),
-  "fedadagrad",
-  "Adagrad",
-)
+fedadam = _adaptive(adaptive.adam, "fedadam")
+fedyogi = _adaptive(adaptive.yogi, "fedyogi")
+fedadagrad = _adaptive(adaptive.adagrad, "fedadagrad")
 
 
 def fedsgd(

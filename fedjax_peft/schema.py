@@ -84,7 +84,7 @@ class Server:
   """What the server does with the sum of what clients report."""
 
   optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = _doc(
-    "sgd is FedAvg, the others FedAvgM, FedAdam, FedYogi, FedAdagrad", "sgd"
+    "the optax optimizer of that name, on the mean report; sgd is FedAvg", "sgd"
   )
   learning_rate: Positive = _doc("size of a server step", 1.0)
   momentum: Fraction = _doc("of optimizer momentum", 0.9)
