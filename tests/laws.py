@@ -21,6 +21,7 @@ from fedjax_peft.links import Weighed
 from tolerance import tol
 
 WEIGHTS = (1, 3, 20, 2, 5)  # of the senders; one is above max_weight
+_SENDERS = len(WEIGHTS)
 BOUND = 2.0  # of the L2 norm of what they send
 SHAPES = {
   "bias": jax.ShapeDtypeStruct((5,), jnp.float32),
@@ -177,10 +178,12 @@ def contexts(weights=WEIGHTS, ids=None, seed: int = 0) -> fp.Context:
 
 def sender(ctx: fp.Context, i: int) -> fp.Context:
   """The context of one sender."""
-  return ctx._replace(key=ctx.key[i], client=ctx.client[i], weight=ctx.weight[i])
+  return ctx._replace(
+    key=ctx.key[i], client=ctx.client[i], weight=ctx.weight[i]
+  )
 
 
-def spec(shapes=None, senders=len(WEIGHTS)) -> fp.Spec:
+def spec(shapes=None, senders=_SENDERS) -> fp.Spec:
   """What is known of the messages before they are sent."""
   return fp.Spec(SHAPES if shapes is None else shapes, BOUND, senders=senders)
 

@@ -1,10 +1,7 @@
 """Every law of laws.py, on every member."""
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-import fedjax_peft as fp
 import laws
 from fedjax_peft import reduce as reduce_lib
 

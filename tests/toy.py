@@ -1,5 +1,6 @@
 """A toy federation: the smallest model, clients and job that laws need."""
 
+import copy
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 import fedjax_peft as fp
 from fedjax_peft import launch
 from fedjax_peft import settings as settings_lib
+from fedjax_peft.data import schedule
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 9, 11, 13)
 
@@ -74,7 +76,62 @@ def voices(batch=4, **options) -> fp.Work:
   return fp.Work(init, step, finish, params, placed, how)
 
 
-def one_lane(executor="shard_map", devices=1, blocks=1, width=2, segment=4):
+def voice(data, client, seed=0, round=0) -> dict:
+  """What a client of `voices` says, worked out by hand."""
+  key = jax.random.fold_in(jax.random.key(seed), round)
+  noise = jax.random.normal(jax.random.fold_in(key, client), (2, 3))
+  rows = data.examples["x"][data.train[client]]
+  return {"noise": np.asarray(noise), "sum": rows.sum(0)}
+
+
+def mean(messages: dict, data) -> dict:
+  """{client: message} averaged, each counting as its client has examples."""
+  weights = np.array([data.train.sizes[c] for c in messages], np.float64)
+  return jax.tree.map(
+    lambda *x: np.tensordot(weights / weights.sum(), np.stack(x), 1),
+    *messages.values(),
+  )
+
+
+@functools.cache
+def _gradient():
+  """Gradient of the mean loss of `net` over whole, unpadded batches."""
+  model = net()
+
+  def mean_loss(params, rows):
+    each, _, _ = model.loss(params, model.base, rows, jax.random.key(0))
+    return jnp.mean(each)
+
+  return jax.jit(jax.grad(mean_loss))
+
+
+def gradient(params, data, rows) -> dict:
+  """Gradient of the mean loss over these rows, computed at once."""
+  rows = {k: v[rows] for k, v in data.examples.items()}
+  return jax.tree.map(np.asarray, _gradient()(params, rows))
+
+
+def train(params, data, client, how, rate, mu=0.0, seed=0, round=0) -> dict:
+  """SGD on one client's batches in a plain loop, without any padding."""
+  plan = schedule.batches(
+    data.train,
+    np.array([client]),
+    batch=how.batch,
+    epochs=how.epochs,
+    steps=how.steps,
+    seed=(seed, round),
+  )
+  new = params
+  for rows in plan.rows:
+    grads = gradient(new, data, rows[rows >= 0])
+    new = {
+      k: new[k] - np.float32(rate) * (grads[k] + mu * (new[k] - params[k]))
+      for k in new
+    }
+  return new
+
+
+def lanes(executor="shard_map", devices=1, blocks=1, width=2, segment=4):
   return fp.Settings(executor, devices, blocks, width, segment)
 
 
@@ -83,13 +140,21 @@ class Player:
 
   def __init__(self, algorithm, data, base=None, settings=None, most=None):
     self.algorithm, self.data = algorithm, data
-    self.settings = one_lane() if settings is None else settings
+    self.settings = lanes() if settings is None else settings
     self.most = len(data) if most is None else most
     self.base = settings_lib.everywhere(base or {}, self.settings)
     self.step = launch.launcher(algorithm, self.settings)
     self.examples = dict(data.examples)
     if self.settings.executor in ("shard_map", "pmap"):
       self.examples = settings_lib.everywhere(self.examples, self.settings)
+
+  def over(self, data):
+    """The same rounds on other examples of the same shapes."""
+    other = copy.copy(self)
+    other.data, other.examples = data, dict(data.examples)
+    if self.settings.executor in ("shard_map", "pmap"):
+      other.examples = settings_lib.everywhere(other.examples, self.settings)
+    return other
 
   def start(self):
     return self.algorithm.init(clients=len(self.data), cohort=self.most)

@@ -88,7 +88,7 @@ def test_shards_load_as_one_file_does(directory):
 def test_low_precision_weights_become_float32(directory):
   kinds = [np.float16, ml_dtypes.bfloat16]
   for kind in kinds:
-    edit(directory, lambda x: {k: v.astype(kind) for k, v in x.items()})  # noqa: B023
+    edit(directory, lambda x: {k: v.astype(kind) for k, v in x.items()})
   leaves = weights(models.load(directory))
   assert all(leaf.dtype == jnp.float32 for leaf in leaves)
   exact = weights(models.load(REFERENCE / directory.name))
