@@ -30,8 +30,8 @@ def adam(
 
   Example:
     >>> server, delta = adam(0.1, b1=0.0), jnp.array([1.0])
-    >>> server.update(delta, server.init(delta))[0].round(2)
-    Array([-0.99], dtype=float32)
+    >>> round(float(server.update(delta, server.init(delta))[0][0]), 2)
+    -0.99
   """
   return _adaptive(
     learning_rate, b1, eps, lambda v, square: b2 * v + (1 - b2) * square

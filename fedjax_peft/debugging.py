@@ -83,10 +83,10 @@ def _client(job, common, group, plan, slot):
     carry, more = stage(f"step {i}", job.step, carry, sent, common.base, batch)
     stats = more if stats is None else jax.tree.map(jnp.add, stats, more)
   message, local = stage("finish", job.finish, carry, sent)
-  if not bool(tree.is_finite(message)):
+  if not bool(tree.is_finite((message, local))):
     number = int(common.sent.extras["round"])
     raise ClientError(
-      f"client {client} sent a message that is not finite in round {number}; "
+      f"client {client} ended round {number} with numbers that are not finite; "
       "lower its learning rate or look at its data"
     )
   return jax.tree.map(

@@ -5,6 +5,7 @@ client and over all, so a pooled accuracy and the mean over clients both come
 from the same numbers.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -87,9 +88,9 @@ def evaluation(
       np.linspace(0, tested.size - 1, clients).round().astype(int)
     ]
   heldout = data.heldout if clients is None else _only(data.heldout, tested)
-  owned = [
-    k for k, v in algorithm.work.placement.items() if v == placement.DEVICE
-  ]
+  tiers = algorithm.tiers
+  shared = (tiers[-1].name, placement.FROZEN)  # what the top holds for all
+  owned = [k for k, v in algorithm.work.placement.items() if v not in shared]
   score = scorer(model, data.examples, settings, batch)
   central_rows = data.test if clients is None else data.test[:0]
   # Clients may share examples with each other and with the central test set.
@@ -97,8 +98,28 @@ def evaluation(
     np.concatenate([heldout.rows, central_rows]), return_inverse=True
   )
   held = heldout.rows.size
+  if personalize is not None:
+    tune = _tune(model, personalize, owned)
+    tuning = vectorize.compiled(tune, settings)
 
-  def each(job, state, local, rows):
+  @functools.cache
+  def prepared(personal: bool) -> tuple[work.Work, Callable]:
+    """The job and its program: testing, of all leaves where personalized."""
+    names = list(algorithm.work.params) if personal else owned
+    job = _test(model, names, batch)
+    return job, vectorize.compiled(job, settings)
+
+  def of_clients(state):
+    """Rows [N, ...] of the leaves that live on a client or at its edge."""
+    local = dict(state.clients.local)
+    edge = np.arange(len(data)) % tiers[0].size
+    for node, tier in zip(state.nodes, tiers[:-1], strict=False):
+      at = edge * tier.size // tiers[0].size
+      for name in set(node.params) & set(owned) - set(local):
+        local[name] = np.asarray(node.params[name])[at]
+    return local
+
+  def each(job, step, state, local, rows):
     return vectorize.for_each_client(
       job,
       data,
@@ -108,26 +129,25 @@ def evaluation(
       local=local,
       rows=rows,
       settings=settings,
+      step=step,
     )
 
-  def on_clients(state, local) -> Scores:
-    job = _test(model, list(local), batch)
-    return each(job, state, local, heldout)[1]
+  def on_clients(state, local, personal=False) -> Scores:
+    return each(*prepared(personal), state, local, heldout)[1]
 
-  def after_training(state, how: work.Local) -> Scores:
-    job = _tune(model, how, owned)
-    tuned, _ = each(job, state, state.clients.local, data.train)
+  def after_training(state) -> Scores:
+    tuned, _ = each(tune, tuning, state, of_clients(state), data.train)
     local = {
       k: np.zeros((len(data), *v.shape[1:]), v.dtype) for k, v in tuned.items()
     }
     for name, rows in tuned.items():
       local[name][tested] = rows
-    return on_clients(state, local)
+    return on_clients(state, local, personal=True)
 
   def run(state) -> Report:
     record: dict[str, float] = {}
     if owned:
-      scores = on_clients(state, state.clients.local)
+      scores = on_clients(state, of_clients(state))
     else:
       found = score(state.params, model.base, unique)
       found = jax.tree.map(lambda x: x[place], found)
@@ -140,7 +160,7 @@ def evaluation(
       }
     tables = {"": scores}
     if personalize is not None:
-      tables["personal"] = after_training(state, personalize)
+      tables["personal"] = after_training(state)
     seen = data.seen[tested]
     columns = {"client": tested, "seen": seen}
     for name, table in tables.items():

@@ -230,14 +230,14 @@ def segments(setup, shared_args, split_args):
 def absorb(setup, common, shared, flight, slots):
   """Sends what finished in a segment, and folds it into the sums.
 
-  A message that is not finite becomes zero with weight zero before the first
-  link; it shows in `arrived`.
+  A message that is not finite, or whose client's own leaves are not, becomes
+  zero with weight zero before the first link; it shows in `arrived`.
   """
   at, group, buffer = setup.boundaries[0], flight.group, flight.buffer
   place = jnp.maximum(slots, 0)
   present = (slots >= 0) & (group.weights[place] > 0)
   finite = jax.vmap(tree.is_finite, axis_size=slots.size)  # even of nothing
-  arrived = present & finite(buffer.message)
+  arrived = present & finite((buffer.message, buffer.local))
   message = tree.where(arrived, buffer.message, tree.zeros_like(buffer.message))
   weight = jnp.where(arrived, group.weights[place], 0)
   node = jnp.zeros_like(place) if group.nodes is None else group.nodes[place]

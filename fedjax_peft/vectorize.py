@@ -1,5 +1,6 @@
 """Vectorizing: any function over clients, without aggregation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ def for_each_client(
   local: dict | None = None,
   rows: data_lib.Ragged | None = None,
   settings: settings_lib.Settings | None = None,
+  step: Callable | None = None,
   seed: int = 0,
   round: int = 0,
 ) -> tuple[PyTree, dict]:
@@ -37,6 +39,8 @@ def for_each_client(
     local: rows [N, ...] of the leaves that live on the clients.
     rows: whose examples: None takes `data.train`.
     settings: lanes; None runs one lane a device.
+    step: what `compiled` returned for this job and these settings, for who
+      calls more than once; None compiles anew.
     seed: of the clients' keys.
     round: of the clients' keys.
 
@@ -44,9 +48,18 @@ def for_each_client(
     (messages, stats): numpy pytrees whose leading axis [C] follows `ids`;
     stats are {name: (numerator, denominator)}. A client without examples gets
     zeros.
+
+  Raises:
+    ValueError: if an id comes twice or is no client.
   """
   rows = data.train if rows is None else rows
   ids = np.flatnonzero(rows.sizes > 0) if ids is None else np.asarray(ids)
+  if ids.size and (ids.min() < 0 or ids.max() >= len(rows)):
+    raise ValueError(
+      f"ids must be clients in 0..{len(rows) - 1}: got {ids.min()}..{ids.max()}"
+    )
+  if np.unique(ids).size < ids.size:
+    raise ValueError("every client can be asked for once: got an id twice")
   here = len(jax.devices())
   settings = settings or settings_lib.Settings("shard_map", here, 1, 1, 16)
   params = job.params if params is None else params
@@ -61,7 +74,7 @@ def for_each_client(
   )
   key = jax.random.fold_in(jax.random.key(seed), round)
   sent = work.Sent(dict(params), {"round": np.int32(round)})
-  step = _collector(job, settings)
+  step = compiled(job, settings) if step is None else step
   common = executor.Common(sent, base, None, key)
   common = settings_lib.everywhere(common, settings)
   examples = settings_lib.everywhere(dict(data.examples), settings)
@@ -83,8 +96,8 @@ def for_each_client(
   return _collect(found, cohort.clients, ids)
 
 
-def _collector(job, settings):
-  """Compiles one segment that hands its buffer back."""
+def compiled(job: work.Work, settings: settings_lib.Settings) -> Callable:
+  """One segment of a job, to be compiled once: `step` of `for_each_client`."""
   spread = executor.over(settings_lib.mesh_of(settings))
   shape = (settings.blocks, settings.width)
 

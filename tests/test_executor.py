@@ -1,7 +1,5 @@
 """The laws of the executor: a client's bits, the sum's bits, a run's bits."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,11 +74,10 @@ def test_a_client_trains_the_same_in_any_company(reference, trained):
   [
     toy.lanes(blocks=2),
     toy.lanes(segment=2),
-    toy.lanes(segment=16),
-    toy.lanes("stream", segment=2),
+    toy.lanes("stream"),
     toy.lanes("pmap"),
   ],
-  ids=["blocks", "segments", "one segment", "stream", "pmap"],
+  ids=["blocks", "segments", "stream", "pmap"],
 )
 def test_a_client_trains_the_same_however_lanes_are_arranged(settings, trained):
   state, outcome = player(settings).play(COHORT, COHORT[::-1])
@@ -154,11 +151,9 @@ def heard():
   [
     toy.lanes(segment=2),
     toy.lanes(width=1, segment=1),
-    toy.lanes(blocks=2, width=2),
-    toy.lanes(devices=2),
-    toy.lanes("stream", devices=2, width=3),
+    toy.lanes(devices=2, width=3),
   ],
-  ids=["segments", "one lane", "blocks", "two devices", "streamed"],
+  ids=["segments", "one lane", "two devices"],
 )
 def test_integers_add_up_to_the_same_bits_however_they_meet(settings, heard):
   state, _ = toy.Player(spoken(), VOICES, settings=settings).play(
@@ -183,8 +178,15 @@ def test_the_sum_is_what_the_clients_said(heard):
     np.testing.assert_allclose(heard[0].params[k], x, atol=1e-6)
 
 
-def test_floats_add_up_to_the_same_bits_under_the_same_settings():
-  floats = toy.Player(spoken(fp.weigh()), VOICES)
+@pytest.fixture(scope="module")
+def floats():
+  server = optax.sgd(1.0, momentum=0.9)
+  return toy.Player(
+    fp.federated(toy.voices(), [fp.tier("cloud", server=server)]), VOICES
+  )
+
+
+def test_floats_add_up_to_the_same_bits_under_the_same_settings(floats):
   once, _ = floats.play(COHORT)
   again, _ = floats.play(COHORT)
   assert toy.same_bits(once, again)
@@ -199,13 +201,9 @@ def test_floats_add_up_to_the_same_bits_under_the_same_settings():
 # Who counts.
 
 
-def test_a_round_without_clients_changes_nothing_but_its_number():
-  algorithm = fp.federated(
-    toy.voices(), [fp.tier("cloud", server=optax.sgd(1.0, momentum=0.9))]
-  )
-  play = toy.Player(algorithm, VOICES).play
-  before, _ = play(COHORT)
-  after, outcome = play((), state=before)
+def test_a_round_without_clients_changes_nothing_but_its_number(floats):
+  before, _ = floats.play(COHORT)
+  after, outcome = floats.play((), state=before)
   assert toy.same_bits(after._replace(round=before.round), before)
   assert int(after.round) == 2
   assert outcome.record["train/clients"] == 0
@@ -233,25 +231,25 @@ def test_empty_places_and_clients_without_examples_do_not_count():
   )
 
 
-def shouting(data, row, value=3e38):
-  """The population, one example of it being very large."""
-  examples = {k: np.array(v) for k, v in data.examples.items()}
-  examples["x"][row] = value
-  return dataclasses.replace(data, examples=examples)
+def shouting(data, rows, value):
+  """The features x, some of them very large."""
+  features = np.array(data.examples["x"])
+  features[rows] = value
+  return features
 
 
 def test_a_message_that_is_not_finite_is_dropped_and_counted():
-  data = shouting(VOICES, VOICES.train[4][:2])  # their sum is inf
+  loud = shouting(VOICES, VOICES.train[4][:2], 3e38)  # their sum is inf
   algorithm = fp.federated(
     toy.voices(), [fp.tier("cloud", link=fp.chain(laws.feedback(), fp.weigh()))]
   )
   play = toy.Player(algorithm, VOICES)
-  state, outcome = play.over(data).play(COHORT)
+  state, outcome = play.over(x=loud).play(COHORT)
   assert outcome.record["train/nonfinite"] == 1
   assert outcome.record["train/clients"] == 8
   assert all(np.isfinite(x) for x in outcome.record.values())
   rest = [c for c in COHORT if c != 4]
-  wanted = toy.mean({c: toy.voice(data, c) for c in rest}, data)
+  wanted = toy.mean({c: toy.voice(VOICES, c) for c in rest}, VOICES)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(-a, b, atol=0.0626),
     state.params,
@@ -272,15 +270,16 @@ def test_padding_brings_nothing_of_another_client():
   loud = next(c for c in range(10) if 0 in NET.train[c])
   quiet = np.array([c for c in range(10) if c != loud])
   calm, _ = play.play(range(10))
-  state, outcome = play.over(shouting(NET, 0, 1e38)).play(range(10))
+  shouted = play.over(x=shouting(NET, 0, np.inf))
+  state, outcome = shouted.play(range(10))
   one, two = (
     jax.tree.map(lambda x: x[quiet], x.clients.local) for x in (state, calm)
   )
   assert toy.same_bits(one, two)
-  broken = jax.tree.leaves(state.clients.local)
-  assert outcome.record["train/nonfinite"] == 1 or any(
-    not np.isfinite(x[loud]).all() for x in broken
-  )
+  assert outcome.record["train/nonfinite"] == 1
+  # What a client keeps is never replaced by what is not finite.
+  for leaf in jax.tree.leaves(state.clients.local):
+    assert np.isfinite(leaf).all()
 
 
 # Size and number of programs.
@@ -312,15 +311,15 @@ def test_heavy_tailed_cohorts_need_few_shapes():
 def test_a_flight_grows_by_a_few_scalars_a_client_whatever_they_send():
   def flight(cohort, width):
     """Bytes of a flight whose clients say `width` values."""
-    job = toy.voices()
+    short = toy.voices()
     wide = {"noise": jnp.zeros((2, 3)), "sum": jnp.zeros(width)}
     data = toy.people((3,) * cohort)
     features = {"x": jax.ShapeDtypeStruct((3 * cohort, width), jnp.float32)}
 
     def init(sent, base, local, key):
-      return job.init(sent, base, local, key) | {"sum": jnp.zeros(width)}
+      return short.init(sent, base, local, key) | {"sum": jnp.zeros(width)}
 
-    job = job._replace(params=wide, init=init)
+    job = short._replace(params=wide, init=init)
     algorithm = fp.federated(job, [fp.tier("cloud", link=INTEGERS)])
     play = toy.Player(algorithm, data)
     seated = play.seat(range(cohort))._replace(examples=features)
@@ -338,53 +337,45 @@ def test_a_flight_grows_by_a_few_scalars_a_client_whatever_they_send():
   assert flight(128, 1000) > flight(128, 10)
 
 
-def test_a_round_is_a_pure_function_with_or_without_its_executor(trained):
-  # The same round under jit alone, taking devices one after another.
-  play = player()
-  algorithm, state = play.algorithm, play.start()
-
-  @jax.jit
-  def once(state, base, cohort, key):
-    return algorithm.round(state, base, cohort, key, shape=(1, 2))
-
-  found, _ = once(state, play.base, play.seat(COHORT), jax.random.key(0))
-  wanted, _ = play.play(COHORT)
-  assert toy.same_bits(jax.device_get(found.params), wanted.params)
-
-
-def test_a_round_of_static_length_is_differentiable():
-  # Gradient of where two clients end, by where they start.
-  model, data = toy.net(), NET
+def test_a_round_of_static_length_is_a_differentiable_function(tol):
+  # Where clients end, by where they start: against a central difference of
+  # the compiled round.
   how = fp.local(optax.sgd(0.1), batch=4)
-  algorithm = fp.fedavg(model, how, lowrank=False)
-  play = toy.Player(algorithm, data, model.base)
-  seated = play.seat((3, 5))
+  algorithm = fp.fedavg(toy.net(), how, lowrank=False)
+  play = toy.Player(algorithm, NET, toy.net().base)
+  seated, state, ids = play.seat((3, 5)), play.start(), (3, 5)
   plan = seated.schedule._replace(ticks=None)
   seated = seated._replace(segments=None, schedule=plan)
-  state = play.start()
+
+  def starting(params):
+    node = state.nodes[0]._replace(params=params)
+    return state._replace(nodes=(node,))
+
+  def length(params):
+    return sum(jnp.sum(jnp.square(x)) for x in params.values())
 
   @jax.jit
+  @jax.value_and_grad
   def end(params):
-    node = state.nodes[0]._replace(params=params)
-    begun = state._replace(nodes=(node,))
     new, _ = algorithm.round(
-      begun, model.base, seated, jax.random.key(0), shape=(1, 2)
+      starting(params), play.base, seated, jax.random.key(0), shape=(1, 2)
     )
-    return sum(jnp.sum(jnp.square(x)) for x in new.params.values())
+    return length(new.params)
+
+  def played(params):
+    return float(length(play.play(ids, state=starting(params))[0].params))
 
   start = state.nodes[0].params
-  slope = jax.grad(end)(start)
-  rng = np.random.default_rng(0)
+  value, slope = end(start)
+  assert float(value) == pytest.approx(played(start), rel=tol(jnp.float32, 56))
+  rng, step = np.random.default_rng(0), 1e-2
   along = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), start
   )
-  step = 1e-2
   ahead, back = (
-    end(jax.tree.map(lambda x, d: x + s * d, start, along))
+    played(jax.tree.map(lambda x, d: x + s * d, start, along))
     for s in (step, -step)
   )
-  wanted = sum(
-    float(jnp.vdot(a, b)) for a, b in zip(slope.values(), along.values())
-  )
-  # A central difference in float32: rounding 1e-6 / step, and a kink of relu.
-  assert float(ahead - back) / (2 * step) == pytest.approx(wanted, rel=2e-2)
+  wanted = sum(float(jnp.vdot(slope[k], along[k])) for k in start)
+  # Rounding of 1e-6 / step, and the kinks of relu.
+  assert (ahead - back) / (2 * step) == pytest.approx(wanted, rel=2e-2)

@@ -148,10 +148,10 @@ class Player:
     if self.settings.executor in ("shard_map", "pmap"):
       self.examples = settings_lib.everywhere(self.examples, self.settings)
 
-  def over(self, data):
-    """The same rounds on other examples of the same shapes."""
+  def over(self, **features):
+    """The same rounds, some features replaced by others."""
     other = copy.copy(self)
-    other.data, other.examples = data, dict(data.examples)
+    other.examples = dict(self.data.examples) | features
     if self.settings.executor in ("shard_map", "pmap"):
       other.examples = settings_lib.everywhere(other.examples, self.settings)
     return other

@@ -1,0 +1,46 @@
+"""How rounds are executed, chosen from what the compiler says."""
+
+import optax
+import pytest
+
+import fedjax_peft as fp
+import toy
+
+
+@pytest.fixture(scope="module")
+def chosen():
+  algorithm = fp.fedavg(
+    toy.net(), fp.local(optax.sgd(0.1), batch=4), lowrank=False
+  )
+
+  def choose(cohort=64, **options):
+    return fp.choose(
+      algorithm, toy.net().base, toy.people().examples, cohort, **options
+    )
+
+  return choose
+
+
+def test_a_small_model_gets_lanes_for_the_whole_cohort(chosen):
+  found = chosen()
+  assert found.executor == "shard_map"
+  assert found.devices == 2
+  assert found.width == 32
+  assert found.segment >= found.width * found.blocks
+
+
+def test_lanes_are_a_power_of_two_and_no_more_than_clients(chosen):
+  found = chosen(cohort=11)
+  assert found.width & (found.width - 1) == 0
+  assert found.width <= 6
+
+
+def test_what_is_set_is_kept(chosen):
+  found = chosen(
+    executor_name="stream", devices=1, blocks=2, width=4, segment=9
+  )
+  assert found == fp.Settings("stream", 1, 2, 4, 9)
+
+
+def test_a_segment_always_has_room_for_the_lanes(chosen):
+  assert chosen(devices=1, blocks=3, width=4, segment=5).segment == 12
