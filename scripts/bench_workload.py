@@ -97,7 +97,7 @@ class W2(NamedTuple):
 
 def w1(quick: bool = False) -> W1:
   """The first workload; small when all that matters is that it runs."""
-  return W1(clients=16, features=32, hidden=16) if quick else W1()
+  return W1(clients=16, features=64, hidden=64) if quick else W1()
 
 
 def w2(quick: bool = False) -> W2:
