@@ -129,9 +129,11 @@ def test_a_run_on_a_full_disk_says_so_and_loses_nothing(
     fill.write_bytes(bytes(shutil.disk_usage(tmp_path).free - 120_000))
     arguments = ["train", path, "--out", run]
     code, _, err = finish(start(*arguments))
-    assert code == 2
-    assert err.count("\n") == 1
-    assert "No space left" in err or "the disk is full" in err
+    assert code == 2, err
+    # A slow machine may also hear from the compiler how slow it is.
+    said = [x for x in err.splitlines() if x.startswith("fedjax-peft: error")]
+    assert said == err.splitlines()[-1:]
+    assert "No space left" in said[0] or "the disk is full" in said[0]
     lost = len(expected[0]) - len(record.read(run / "records.jsonl"))
     assert lost > 0
     fill.unlink()
