@@ -17,10 +17,8 @@ def test_chaining_is_associative_and_flattens():
   left, right = fp.chain(fp.chain(A, B), C), fp.chain(A, fp.chain(B, C))
   assert left.parts == right.parts == (A, B, C)
   assert left.name == "clip > weigh > fixed_point"
-  sent, ctx = laws.messages(), laws.contexts()
-  found = laws.exchanged(left, sent, ctx)
-  other = laws.exchanged(right, sent, ctx)
-  jax.tree.map(np.testing.assert_array_equal, found, other)
+  sent = laws.messages()
+  laws.same(laws.exchanged(left, sent), laws.exchanged(right, sent))
 
 
 def test_chaining_nothing_changes_nothing():
@@ -94,34 +92,21 @@ def test_a_reduction_that_is_not_linear_refuses_what_needs_the_sum():
   ids=lambda link: link.name,
 )
 def test_a_median_of_ones_own_is_taken_over_what_each_wire_says(link):
-  sent, ctx = laws.messages(), laws.contexts()
-  found, wires, _ = laws.exchanged(link, sent, ctx, reduce=laws.median(8))
-  whole = fp.chain(link)
-  _, shared = laws.start(whole, laws.spec())
-  said = [
-    laws.decoded(whole, laws.one(wires, i), shared, laws.sender(ctx, i))
-    for i in range(len(laws.WEIGHTS))
-  ]
-  wanted = jax.tree.map(lambda *x: np.median(np.stack(x), axis=0), *said)
-  laws.near(found, wanted)
+  crossing = laws.exchanged(link, laws.messages(), reduce=laws.median(8))
+  wanted = jax.tree.map(lambda x: np.median(x, axis=0), crossing.said)
+  laws.near(crossing.result, wanted)
 
 
-def test_what_stands_left_of_an_each_link_is_received_on_the_sum(tol):
+def test_what_stands_left_of_an_each_link_is_received_on_the_sum():
   # The mean is over decoded wires: their weights are divided once, at the end.
-  sent, ctx = laws.messages(), laws.contexts()
   link = fp.chain(fp.weigh(max_weight=8), fp.int8(stochastic=False))
-  found, wires, _ = laws.exchanged(link, sent, ctx)
-  total, weight = None, 0
-  for i in range(len(laws.WEIGHTS)):
-    wire = laws.one(wires, i)
-    said = fp.int8().receive(wire, (), ctx.roster, ctx.key[i])[0]
-    weight += int(said.weight)
-    total = (
-      said.message
-      if total is None
-      else jax.tree.map(jnp.add, total, said.message)
-    )
-  laws.near(found, jax.tree.map(lambda x: x / weight, total))
+  crossing = laws.exchanged(link, laws.messages())
+  said = crossing.said
+  assert said.weight.tolist() == [1, 3, 8, 2, 5]
+  wanted = jax.tree.map(
+    lambda x: np.asarray(x).sum(0) / np.float32(19), said.message
+  )
+  laws.near(crossing.result, wanted)
 
 
 # One sender, many receivers.
