@@ -126,8 +126,9 @@ def _options():
 def jobs(only: list[str], options: argparse.Namespace) -> list[Job]:
   """The measurements, those to be compared next to each other."""
   cores = len(os.sched_getaffinity(0))
-  streams = {
+  streams = {  # as the library's own command starts itself
     "NPROC": "1",
+    "MALLOC_ARENA_MAX": "2",  # else each thread keeps what it has freed
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={cores}",
   }
   held = {  # what a bare loop needs for its barriers

@@ -166,7 +166,8 @@ def memory(options) -> dict:
   model = fp.model(Perceptron(shape, nnx.Rngs(0)), fp.losses.classification)
   x, label = shape.inputs()
   data = _population({"image": x, "label": label})
-  algorithm = fp.fedavg(model, fp.local(optax.sgd(0.1), batch=shape.batch))
+  local = fp.local(optax.sgd(shape.rate), batch=shape.batch)
+  algorithm = fp.fedavg(model, local, lowrank=False)
   start = workload.resident_mib()
   for _ in fp.run(
     algorithm,

@@ -130,9 +130,9 @@ def test_a_run_on_a_full_disk_says_so_and_loses_nothing(
     arguments = ["train", path, "--out", run]
     code, _, err = finish(start(*arguments))
     assert code == 2, err
-    # A slow machine may also hear from the compiler how slow it is.
-    said = [x for x in err.splitlines() if x.startswith("fedjax-peft: error")]
-    assert said == err.splitlines()[-1:]
+    # Threads of the storage layer may add words of their own as they end.
+    said = [x for x in err.splitlines() if x.startswith("fedjax-peft: ")]
+    assert len(said) == 1, err
     assert "No space left" in said[0] or "the disk is full" in said[0]
     lost = len(expected[0]) - len(record.read(run / "records.jsonl"))
     assert lost > 0
