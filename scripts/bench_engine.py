@@ -238,7 +238,9 @@ def summary(found: dict, quick: bool = False) -> dict:
     "w1": _rates("w1", ("general", "lowrank"), rates),
     "w2": _rates("w2", ("bf16", "float32"), rates),
     "ceilings": _ceilings(found),
-    "packing": found.get("packing", {}),
+    "packing": {
+      k: v for k, v in found.get("packing", {}).items() if k != "load"
+    },
     "memory": _memory(found),
   }
   if "w1.auto" in rates:
