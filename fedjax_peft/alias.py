@@ -47,10 +47,10 @@ def fedavg(
     return general
 
   def specialize(data):
-    steps = factored.most_steps(local, data.train.sizes)
+    steps = factored.steps_of(local, data.train.sizes)
     reason = "it adds a proximal term" if proximal else ""
     reason = reason or factored.why_not(
-      job, model, (cloud,), data.examples, steps
+      job, model, (cloud,), data.examples, int(steps.max(initial=1))
     )
     if not reason:
       lean = factored.train(model, local, job, steps)

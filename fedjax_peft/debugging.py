@@ -79,7 +79,8 @@ def _client(job, common, group, plan, slot):
       for name, x in common.examples.items()
     }
     mask = jnp.asarray(rows >= 0, jnp.float32)
-    batch = work.Batch(examples, mask, jax.random.fold_in(key, i))
+    step_key = executor.step_key(key, jnp.int32(i), job.stride)
+    batch = work.Batch(examples, mask, step_key)
     carry, more = stage(f"step {i}", job.step, carry, sent, common.base, batch)
     stats = more if stats is None else jax.tree.map(jnp.add, stats, more)
   message, local = stage("finish", job.finish, carry, sent)

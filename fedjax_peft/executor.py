@@ -107,6 +107,14 @@ def client_key(key: jax.Array, client: jax.Array) -> jax.Array:
   return jax.random.fold_in(key, client)
 
 
+def step_key(key: jax.Array, tick: jax.Array, stride: int) -> jax.Array:
+  """Key of a client's tick: that of its step, or [stride] of them."""
+  if stride == 1:
+    return jax.random.fold_in(key, tick)
+  steps = tick * stride + jnp.arange(stride)
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, steps)
+
+
 def empty(
   job: work.Work, common: Common, group: Group, shape: tuple, width: int
 ) -> tuple[Lane, Buffer]:
@@ -123,9 +131,10 @@ def empty(
   def one():
     sent = _own(common.sent, group.nodes, jnp.int32(0))
     rows = jax.tree.map(lambda x: x[0], group.local)
-    pick = jnp.zeros(job.local.batch, jnp.int32)
+    pick = jnp.zeros(job.rows, jnp.int32)
     examples = {k: v[pick] for k, v in common.examples.items()}
-    batch = work.Batch(examples, jnp.ones(job.local.batch), common.key)
+    key = step_key(common.key, jnp.int32(0), job.stride)
+    batch = work.Batch(examples, jnp.ones(job.rows), key)
     carry = job.init(sent, common.base, rows, common.key)
     carry, stats = job.step(carry, sent, common.base, batch)
     message, local = job.finish(carry, sent)
@@ -185,9 +194,8 @@ def segment(
     mask = (rows >= 0).astype(jnp.float32)
     keys = jax.vmap(client_key, (None, 0))(common.key, group.clients[place])
     count = jnp.where(first, 0, lane.step)
-    batch = work.Batch(
-      examples, mask, jax.vmap(jax.random.fold_in)(keys, count)
-    )
+    step_keys = jax.vmap(lambda k, n: step_key(k, n, job.stride))(keys, count)
+    batch = work.Batch(examples, mask, step_keys)
     sent = _own(common.sent, group.nodes, place)
     axis: Any = work.Sent(cast(Any, 0 if nodes else None), cast(Any, None))
     local = jax.tree.map(lambda x: x[place], group.local)

@@ -15,8 +15,6 @@ It needs plain SGD, layers that see one row an example, and links that leave
 factors alone; `why_not` says what is missing.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +23,9 @@ from flax import nnx
 
 from fedjax_peft import hierarchy, link, objective, peft, placement, tree, work
 from fedjax_peft.peft import adapter
+
+# A call takes all steps of a client at once if so much of it is work.
+_FULL = 0.8
 
 
 class _Tape(nnx.Variable):
@@ -37,21 +38,20 @@ class SharedLinear(nnx.Module):
   Attributes:
     kernel: [K, F], shared; never differentiated.
     bias: [F] or None, likewise.
-    past_x: [P, K] inputs of past steps, zeros where there was none.
+    past_x: [P, K] inputs of past steps, zeros where there was none; the
+      number of steps P may change from call to call.
     past_g: [P, F] rate times the gradients of its outputs.
     probe: [B, F] zeros, whose gradient is that of the output.
     seen: [B, K] the input of this step.
   """
 
-  def __init__(
-    self, layer: nnx.Linear, past: int, batch: int, bias_moves: bool
-  ):
+  def __init__(self, layer: nnx.Linear, batch: int, bias_moves: bool):
     self.kernel = layer.kernel
     self.bias = nnx.data(layer.bias)
     self.bias_moves = bias_moves
     K, F = layer.in_features, layer.out_features
-    self.past_x = _Tape(jnp.zeros((past, K)))
-    self.past_g = _Tape(jnp.zeros((past, F)))
+    self.past_x = _Tape(jnp.zeros((0, K)))
+    self.past_g = _Tape(jnp.zeros((0, F)))
     self.probe = _Tape(jnp.zeros((batch, F)))
     self.seen = _Tape(jnp.zeros((batch, K)))
 
@@ -141,7 +141,10 @@ def why_not(
 
 
 def train(
-  model: objective.Model, how: work.Local, general: work.Work, steps: int
+  model: objective.Model,
+  how: work.Local,
+  general: work.Work,
+  steps: np.ndarray,
 ) -> work.Work:
   """The same work as `work.train`, on shared weights.
 
@@ -149,22 +152,26 @@ def train(
     model: what is trained.
     how: plain SGD, and the batches.
     general: the work it stands for.
-    steps: most batches of a client in a round, S.
+    steps: int [N], batches of each client in a round.
 
   Returns:
-    A Work whose message holds `tree.Factored` kernels.
+    A Work whose message holds `tree.Factored` kernels. A call of its step
+    takes a whole client where that wastes little, else one batch.
   """
   layers = _layers(model.origin, general.placement)
-  batch = how.batch
+  batch, most = how.batch, int(steps.max())
+  # An empty batch has no gradient, so it changes nothing under plain SGD.
+  stride = most if np.mean(steps[steps > 0]) >= _FULL * most else 1
+  ticks, rows = most // stride, stride * batch
   moving = {k for k, v in general.placement.items() if v != placement.FROZEN}
-  shared = _share(model.origin, set(layers), moving, (steps - 1) * batch, batch)
+  shared = _share(model.origin, set(layers), moving, batch)
   split = peft.split(shared)
 
   def init(sent, base, local, key):
     history = {
       name: (
-        jnp.zeros((steps, batch, layer.in_features)),
-        jnp.zeros((steps, batch, layer.out_features)),
+        jnp.zeros((ticks, rows, layer.in_features)),
+        jnp.zeros((ticks, rows, layer.out_features)),
       )
       for name, layer in layers.items()
     }
@@ -173,39 +180,56 @@ def train(
   def step(carry, sent, base, batch_):
     history, number = carry
     rate = plain_rate_at(how, sent.extras["round"])
-    tape = {}
-    for name, (x, g) in history.items():
-      tape[f"{name}/past_x"] = x[:-1].reshape(-1, x.shape[-1])
-      tape[f"{name}/past_g"] = g[:-1].reshape(-1, g.shape[-1])
-      tape[f"{name}/probe"] = jnp.zeros(g.shape[1:])
-      tape[f"{name}/seen"] = jnp.zeros(x.shape[1:])
+    params = {k: sent.params[k] for k in split.params}
+    # What this client did in earlier ticks; then, step by step, in this one.
+    past = {
+      name: tuple([t[:-1].reshape(-1, t.shape[-1])] for t in both)
+      for name, both in history.items()
+    }
 
-    def mean_loss(probes):
-      rng = objective.reseed(split.rng, batch_.key)
-      params = {k: sent.params[k] for k in split.params}
-      module = peft.merge(split.graph, params, rng, tape | probes, split.base)
-      each, metrics = model.loss_fn(module, batch_.examples, batch_.key)
-      total, count = work.masked_sum(batch_.mask, each), batch_.mask.sum()
-      left = peft.split(module).mutable
-      seen = {name: left[f"{name}/seen"] for name in layers}
-      return total / jnp.maximum(count, 1), (total, count, metrics, seen)
+    def one(mask, examples, key):
+      tape = {}
+      for name, (x, g) in past.items():
+        tape[f"{name}/past_x"] = jnp.concatenate(x)
+        tape[f"{name}/past_g"] = jnp.concatenate(g)
+        tape[f"{name}/probe"] = jnp.zeros((batch, g[0].shape[-1]))
+        tape[f"{name}/seen"] = jnp.zeros((batch, x[0].shape[-1]))
 
-    probes = {k: v for k, v in tape.items() if k.endswith("/probe")}
-    grads, (total, count, metrics, seen) = jax.grad(mean_loss, has_aux=True)(
-      probes
-    )
-    history = {
-      name: (
-        x.at[number].set(seen[name]),
-        g.at[number].set(rate * grads[f"{name}/probe"]),
+      def mean_loss(probes):
+        rng = objective.reseed(split.rng, key)
+        module = peft.merge(split.graph, params, rng, tape | probes, split.base)
+        each, metrics = model.loss_fn(module, examples, key)
+        total, count = work.masked_sum(mask, each), mask.sum()
+        left = peft.split(module).mutable
+        seen = {name: left[f"{name}/seen"] for name in layers}
+        return total / jnp.maximum(count, 1), (total, count, metrics, seen)
+
+      probes = {k: v for k, v in tape.items() if k.endswith("/probe")}
+      grads, (total, count, metrics, seen) = jax.grad(mean_loss, has_aux=True)(
+        probes
       )
-      for name, (x, g) in history.items()
+      for name, (x, g) in past.items():
+        x.append(seen[name])
+        g.append(rate * grads[f"{name}/probe"])
+      return {"loss": (total, count), **work.masked_metrics(mask, metrics)}
+
+    keys = batch_.key if stride > 1 else batch_.key[None]
+    stats = []
+    for i in range(stride):
+      here = slice(i * batch, (i + 1) * batch)
+      examples = {k: v[here] for k, v in batch_.examples.items()}
+      stats.append(one(batch_.mask[here], examples, keys[i]))
+    # A select, since under vmap each lane is at a tick of its own, and a
+    # scatter would be slower than one pass over the history.
+    now = (jnp.arange(ticks) == number)[:, None, None]
+    history = {
+      name: tuple(
+        jnp.where(now, jnp.concatenate(new[1:])[None], old)
+        for new, old in zip(past[name], both, strict=True)
+      )
+      for name, both in history.items()
     }
-    stats = {
-      "loss": (total, count),
-      **work.masked_metrics(batch_.mask, metrics),
-    }
-    return (history, number + 1), stats
+    return (history, number + 1), jax.tree.map(lambda *x: sum(x), *stats)
 
   def finish(carry, sent):
     message = {}
@@ -216,7 +240,7 @@ def train(
         message[f"{name}/bias"] = right.sum(0)
     return message, {}
 
-  return general._replace(init=init, step=step, finish=finish)
+  return general._replace(init=init, step=step, finish=finish, stride=stride)
 
 
 def plain_rate_at(how: work.Local, round_: jax.Array) -> jax.Array:
@@ -226,11 +250,11 @@ def plain_rate_at(how: work.Local, round_: jax.Array) -> jax.Array:
   return -optimizer.update(one, optimizer.init(one), one)[0]["a"]
 
 
-def most_steps(how: work.Local, sizes: np.ndarray) -> int:
-  """Most batches that a client of these sizes makes in a round."""
+def steps_of(how: work.Local, sizes: np.ndarray) -> np.ndarray:
+  """Int [N], batches that clients of these sizes make in a round."""
   if how.steps is not None:
-    return how.steps
-  return how.epochs * max(math.ceil(int(sizes.max(initial=0)) / how.batch), 1)
+    return np.where(sizes > 0, how.steps, 0)
+  return how.epochs * -(-sizes // how.batch)
 
 
 def _layers(module: nnx.Module, labels: dict) -> dict[str, nnx.Linear]:
@@ -244,13 +268,13 @@ def _layers(module: nnx.Module, labels: dict) -> dict[str, nnx.Linear]:
   }
 
 
-def _share(module, names, moving, past, batch):
+def _share(module, names, moving, batch):
   """A clone whose named layers are `SharedLinear`s."""
 
   def one(path, node):
     name = adapter.join(path)
     if type(node) is nnx.Linear and name in names:
-      return SharedLinear(node, past, batch, f"{name}/bias" in moving)
+      return SharedLinear(node, batch, f"{name}/bias" in moving)
     return node
 
   return adapter.replace(module, one)

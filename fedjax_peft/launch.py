@@ -26,7 +26,7 @@ from fedjax_peft.settings import Settings
 def seat(
   rows: data_lib.Ragged,
   ids: np.ndarray,
-  how: work.Local,
+  job: work.Work,
   settings: Settings,
   *,
   examples: dict,
@@ -39,13 +39,14 @@ def seat(
   Args:
     rows: the examples of all clients.
     ids: int [C].
-    how: batches and epochs.
+    job: its batches and epochs.
     settings: lanes and segments.
     examples: what the rows point into.
     nodes: size of the lowest tier; client i talks to node i modulo this.
     seed: of the run.
     round: of the run.
   """
+  how = job.local
   batches = schedule.batches(
     rows,
     ids,
@@ -57,7 +58,7 @@ def seat(
     seed=(seed, round),
   )
   plan, members = schedule.build(
-    batches,
+    batches.strided(job.stride),
     devices=settings.devices,
     blocks=settings.blocks,
     width=settings.width,

@@ -6,6 +6,7 @@ it is given; `algorithm.federated` binds them together.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -234,14 +235,9 @@ def absorb(setup, common, shared, flight, slots):
   zero with weight zero before the first link; it shows in `arrived`.
   """
   at, group, buffer = setup.boundaries[0], flight.group, flight.buffer
-  place = jnp.maximum(slots, 0)
-  present = (slots >= 0) & (group.weights[place] > 0)
-  finite = jax.vmap(tree.is_finite, axis_size=slots.size)  # even of nothing
-  arrived = present & finite((buffer.message, buffer.local))
-  message = tree.where(arrived, buffer.message, tree.zeros_like(buffer.message))
-  weight = jnp.where(arrived, group.weights[place], 0)
-  node = jnp.zeros_like(place) if group.nodes is None else group.nodes[place]
   roster = link.Roster(group.clients, group.weights)
+  # An 'each' link decodes by what is in the wire: the nodes do not differ.
+  first = jax.tree.map(lambda x: x[0], shared)
 
   def send(message, mine, client, weight, node):
     key = jax.random.fold_in(executor.client_key(common.key, client), _SEND)
@@ -249,16 +245,38 @@ def absorb(setup, common, shared, flight, slots):
     own = jax.tree.map(lambda x: x[node], shared)
     return at.uplink.send(message, mine, own, ctx)
 
-  mine = jax.tree.map(lambda x: x[place], flight.mine)
-  wires, mine, stats = jax.vmap(send)(
-    message, mine, group.clients[place], weight, node
+  def piece(sums, part):
+    message, local, mine, place, present = part
+    finite = jax.vmap(tree.is_finite, axis_size=place.size)  # even of nothing
+    arrived = present & finite((message, local))
+    message = tree.where(arrived, message, tree.zeros_like(message))
+    weight = jnp.where(arrived, group.weights[place], 0)
+    node = jnp.zeros_like(place) if group.nodes is None else group.nodes[place]
+    wires, mine, stats = jax.vmap(send)(
+      message, mine, group.clients[place], weight, node
+    )
+    messages = at.uplink.decode(
+      wires, first, roster, _boundary_key(common.key, 0)
+    )
+    sums, heard = hierarchy.gather(at, sums, messages, weight, node)
+    return sums, (heard, arrived, mine, stats)
+
+  place = jnp.maximum(slots, 0)
+  present = (slots >= 0) & (group.weights[place] > 0)
+  rows = jax.tree.map(lambda x: x[place], flight.mine)
+  # In pieces as wide as a block of lanes: what lies between a message and the
+  # sums then stays in a CPU's cache, and takes no memory to speak of.
+  width = math.gcd(slots.size, flight.lanes.step.shape[-1])
+  parts = (buffer.message, buffer.local, rows, place, present)
+  sums, left = jax.lax.scan(
+    piece,
+    flight.sums,
+    jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), parts),
   )
-  # An 'each' link decodes by what is in the wire: the nodes do not differ.
-  first = jax.tree.map(lambda x: x[0], shared)
-  messages = at.uplink.decode(
-    wires, first, roster, _boundary_key(common.key, 0)
+  heard = jnp.sum(left[0], axis=0, dtype=jnp.int32)
+  arrived, mine, stats = jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:]), left[1:]
   )
-  sums, heard = hierarchy.gather(at, flight.sums, messages, weight, node)
 
   def keep(rows, new, which):
     where = jnp.where(which, slots, group.clients.size)

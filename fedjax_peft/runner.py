@@ -98,7 +98,7 @@ def run(
     return launch.seat(
       data.train,
       sampling.cohort_of(cohort, data, seed, number),
-      algorithm.work.local,
+      algorithm.work,
       settings,
       examples=examples,
       nodes=nodes,

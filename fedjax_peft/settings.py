@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_peft import algorithm as algorithm_lib
-from fedjax_peft import tree, work
+from fedjax_peft import executor, tree, work
 from fedjax_peft.data import schedule
 
 PyTree = Any
@@ -76,9 +76,11 @@ def choose(
   """Chooses lanes and segments from the compiler's own memory analysis.
 
   What one lane needs is read from a compiled step. A CPU core gets as many
-  lanes as its cache holds, since few lanes beat many there; an accelerator as
-  many as fit in a third of its free memory. A segment holds as many finished
-  clients as a tenth of that, and at least one for each lane.
+  lanes as its own cache holds, and at least a few, since its matrix products
+  want rows: few lanes beat many there. What they finish is reduced at once,
+  while it is in the cache. An accelerator gets as many lanes as fit in a third
+  of its free memory, and a segment holds as many finished clients as a tenth
+  of it, and at least one for each lane.
 
   Args:
     algorithm: what will run.
@@ -96,11 +98,13 @@ def choose(
   most = max(1, -(-cohort // (devices * blocks)))
   if width is None:
     lane = max(_lane_bytes(algorithm.work, base, examples), 1)
-    budget = room.cache if room.cache else room.memory // 3
-    width = _power_below(min(max(budget // lane, 1), most))
+    fit = max(room.memory // 3 // lane, 1)
+    if room.cache:
+      fit = min(fit, max(room.cache // lane, _CPU_LANES))
+    width = _power_below(min(fit, most))
   message = tree.nbytes(algorithm.work.params)
   if segment is None:
-    fit = max(room.memory // 10 // max(message, 1), 1)
+    fit = 0 if room.cache else room.memory // 10 // max(message, 1)
     segment = min(schedule.bucket(most * blocks), 64, fit)
   segment = max(segment, width * blocks)
   if executor_name is None:
@@ -116,10 +120,12 @@ class _Room(NamedTuple):
   cache: int
 
 
-# What one core's lanes may need at once. Measured on two x86 servers: four
-# lanes of a MiniLM with 4 x 32 tokens (57 MiB) were the fastest, eight lost
-# 10 %, sixteen more.
-_CPU_LANES = 64 * 2**20
+# A CPU core's own cache, and the least lanes it gets. Measured on an x86 server
+# with bench_engine's workloads: two to eight lanes are within 5 % of each other
+# for perceptrons and encoders alike (one loses 15 %, sixteen 15 %); of a model
+# so small that many more fit into the cache, many more are faster.
+_CPU_CACHE = 2**20
+_CPU_LANES = 4
 
 
 def _room() -> _Room:
@@ -127,7 +133,7 @@ def _room() -> _Room:
   if device.platform == "cpu":
     with open("/proc/meminfo") as file:
       total = int(file.readline().split()[1]) * 1024
-    return _Room(total // len(jax.devices()), _CPU_LANES)
+    return _Room(total // len(jax.devices()), _CPU_CACHE)
   stats = device.memory_stats() or {}
   limit = stats.get("bytes_limit", 8 * 2**30)
   return _Room(limit - stats.get("bytes_in_use", 0), 0)
@@ -150,12 +156,13 @@ def _lane_bytes(job: work.Work, base: PyTree, examples: dict) -> int:
       k: v for k, v in job.params.items() if job.placement.get(k) == "device"
     }
     key = jax.random.key(0)
-    batch = work.Batch(rows, jnp.ones(job.local.batch), key)
+    keys = executor.step_key(key, jnp.int32(0), job.stride)
+    batch = work.Batch(rows, jnp.ones(job.rows), keys)
     carry = job.init(sent, base, owned, key)
     return job.step(carry, sent, base, batch)
 
   rows = {
-    k: jax.ShapeDtypeStruct((job.local.batch, *v.shape[1:]), v.dtype)
+    k: jax.ShapeDtypeStruct((job.rows, *v.shape[1:]), v.dtype)
     for k, v in examples.items()
   }
   compiled = jax.jit(one).lower(tree.spec(base), rows).compile()

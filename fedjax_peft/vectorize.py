@@ -66,7 +66,7 @@ def for_each_client(
   cohort = launch.seat(
     rows,
     ids,
-    job.local,
+    job,
     settings,
     examples=data.examples,
     seed=seed,

@@ -35,7 +35,8 @@ class Batch(NamedTuple):
   Attributes:
     examples: {feature: [B, ...]}.
     mask: float32 [B], 0 where the row is padding.
-    key: random key of (seed, round, client, step).
+    key: random key of (seed, round, client, step); [stride] keys for a work
+      that takes several steps at a time, whose rows are then [stride B].
   """
 
   examples: dict[str, jax.Array]
@@ -55,6 +56,9 @@ class Work(NamedTuple):
     params: {path: array}, initial values of all leaves.
     placement: {path: label}.
     local: how examples become batches.
+    stride: steps that a call of `step` takes. Where it is not 1 a client's
+      last call may hold batches without any example, which must change
+      nothing.
   """
 
   init: Callable
@@ -63,6 +67,12 @@ class Work(NamedTuple):
   params: dict[str, jax.Array]
   placement: dict[str, str]
   local: "Local"
+  stride: int = 1
+
+  @property
+  def rows(self) -> int:
+    """Rows of the examples that a call of `step` gets."""
+    return self.stride * self.local.batch
 
 
 class Local(NamedTuple):

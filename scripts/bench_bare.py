@@ -105,7 +105,11 @@ def loop(chunk, params, base, inputs, batch, lanes, seconds) -> dict:
 
 def changed(params, local) -> dict:
   """Sum over the lanes of what the clients changed."""
-  return jax.tree.map(lambda new, old: (new - old).sum(0), local, params)
+
+  def total(new, old):  # lane by lane: sum(0) is forty times slower on a CPU
+    return functools.reduce(jnp.add, [lane - old for lane in new])
+
+  return jax.tree.map(total, local, params)
 
 
 def w1_chunk(params, base, x, y, shape) -> dict:

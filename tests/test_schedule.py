@@ -238,3 +238,27 @@ def test_buckets_are_few_and_at_most_half_too_large():
   assert np.all(found <= 1.5 * sizes)
   assert len(set(found)) <= 2 * np.log2(2000) + 1
   assert sorted(set(found))[:8] == [1, 2, 3, 4, 6, 8, 12, 16]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5])
+def test_batches_side_by_side_are_the_same_batches(stride):
+  steps = np.array([3, 0, 1, 5])
+  rows = np.arange(9 * 2).reshape(9, 2)
+  wide = schedule.Batches(rows, steps).strided(stride)
+  np.testing.assert_array_equal(wide.steps, -(-steps // stride))
+  flat = wide.rows.reshape(-1, 2)
+  np.testing.assert_array_equal(flat[(flat >= 0).all(1)], rows)
+  for client, few in enumerate(wide.steps):  # padding comes last
+    begin = wide.steps[:client].sum() * stride
+    mine = flat[begin : begin + few * stride]
+    np.testing.assert_array_equal(
+      (mine >= 0).all(1), np.arange(len(mine)) < steps[client]
+    )
+
+
+def test_one_long_client_does_not_stretch_every_segment():
+  steps = np.ones(400, np.int64)
+  steps[7] = 300
+  work = schedule.Batches(np.zeros((steps.sum(), 1), np.int32), steps)
+  plan, _ = schedule.build(work, devices=1, blocks=1, width=4, segment=4)
+  assert plan.rows.size <= 6 * 4 * steps.sum()

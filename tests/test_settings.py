@@ -1,7 +1,9 @@
 """How rounds are executed, chosen from what the compiler says."""
 
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import fedjax_peft as fp
 import toy
@@ -33,6 +35,21 @@ def test_lanes_are_a_power_of_two_and_no_more_than_clients(chosen):
   found = chosen(cohort=11)
   assert found.width & (found.width - 1) == 0
   assert found.width <= 6
+
+
+def test_a_model_that_fills_a_cache_gets_few_lanes(chosen):
+  module = nnx.Linear(512, 512, rngs=nnx.Rngs(0))  # 1 MiB
+
+  def loss(module, rows, key):
+    return module(rows["x"])[:, 0], {}
+
+  model = fp.model(module, loss)
+  local = fp.local(optax.sgd(0.1), batch=4)
+  algorithm = fp.fedavg(model, local, lowrank=False)
+  examples = {"x": np.zeros((8, 512), np.float32)}
+  found = fp.choose(algorithm, model.base, examples, 1000, devices=2)
+  assert found.width == found.segment == 4
+  assert chosen(cohort=1000).width > 4
 
 
 def test_what_is_set_is_kept(chosen):

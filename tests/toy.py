@@ -163,7 +163,7 @@ class Player:
     return launch.seat(
       self.data.train,
       np.asarray(ids, np.int32),
-      self.algorithm.work.local,
+      self.algorithm.work,
       self.settings,
       examples=self.examples,
       nodes=self.algorithm.tiers[0].size,

@@ -51,6 +51,20 @@ class Batches(NamedTuple):
   rows: np.ndarray
   steps: np.ndarray
 
+  def strided(self, stride: int) -> "Batches":
+    """The same batches, `stride` of them laid side by side in one.
+
+    A client's last one is padded with batches that hold no example.
+    """
+    if stride == 1:
+      return self
+    few = -(-self.steps // stride)
+    batch = self.rows.shape[1]
+    rows = np.full((int(few.sum()) * stride, batch), -1, np.int32)
+    begin = (np.cumsum(few) - few) * stride  # first row of each client
+    rows[np.repeat(begin, self.steps) + _ranges(self.steps)] = self.rows
+    return Batches(rows.reshape(-1, stride * batch), few)
+
 
 class Packing(NamedTuple):
   """Clients on lanes.
@@ -269,14 +283,23 @@ def build(
 
 
 def _cut(ends: np.ndarray, segment: int) -> list[int]:
-  """Tick boundaries such that at most `segment` of the ends fall in each."""
+  """Tick boundaries such that at most `segment` of the ends fall in each.
+
+  No segment is more than about twice as long as the mean, since all are padded
+  to the longest; so some may end where no client does.
+  """
   plan, begin = [0], 0
+  most = -(-2 * int(ends[-1]) * segment // ends.size) if ends.size else 0
   while begin < ends.size:
     stop = min(begin + segment, ends.size)
     if stop < ends.size:
       # All that end at one tick must fall in one segment.
       while ends[stop - 1] == ends[stop]:
         stop -= 1
-    plan.append(int(ends[stop - 1]))
-    begin = stop
+    while ends[stop - 1] - plan[-1] > most:
+      plan.append(plan[-1] + most)
+    begin = int(np.searchsorted(ends, plan[-1], side="right"))
+    if begin < stop:
+      plan.append(int(ends[stop - 1]))
+      begin = stop
   return plan

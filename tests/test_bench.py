@@ -1,0 +1,48 @@
+"""The benchmark runs, and says what it promises to say."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def bench(script, *arguments):
+  """The JSON object on the last line of a benchmark."""
+  done = subprocess.run(
+    [sys.executable, ROOT / "scripts" / script, "--json", *arguments],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"XLA_FLAGS": ""},
+    timeout=900,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-800:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_lanes_of_heavy_tailed_cohorts_are_nearly_full():
+  packing = bench("bench_engine.py", "--only", "packing")["packing"]
+  assert packing["useful_fraction"] >= 0.97
+  assert packing["ratio_to_bound"] >= 0.97
+
+
+@pytest.mark.slow
+def test_the_engine_benchmark_measures_all_it_promises():
+  found = bench("bench_engine.py", "--quick")
+  assert found["failed"] == {}
+  assert found["w1"]["clients_per_second"] > 0
+  assert found["w1"]["path"] == "low-rank local SGD"
+  assert found["w2"]["clients_per_second"] > 0
+  assert found["w2"]["fraction_of_gemm_ceiling"] > 0
+  assert set(found["memory"]["peak_mib"]) == {"100", "1000", "10000"}
+  assert found["memory"]["flatness"] >= 1 / 1.1
+
+
+def test_an_unknown_part_is_refused_with_the_known_ones():
+  with pytest.raises(AssertionError, match=r"--only takes w1, .*got 'w3'"):
+    bench("bench_engine.py", "--only", "w3")
