@@ -1,22 +1,27 @@
 # Needs nothing but Python >= 3.11, make, git and a package index.
 .DELETE_ON_ERROR:
-.PHONY: help install prepare quickstart test test-slow lint types format clean
+.PHONY: help install prepare quickstart test test-aot test-slow
+.PHONY: lint types format clean
 
 PYTHON ?= python3
 VENV ?= .venv
+AOT ?= .venv-aot
 BIN := $(VENV)/bin
 export FEDJAX_PEFT_HOME ?= $(HOME)/.cache/fedjax_peft
 
 # A stamp's name holds a hash of what it depends on, so that a clone, a
 # checkout or a copied folder never mistakes an old environment for a new one.
 hash = $(shell cat $(1) | cksum | cut -d ' ' -f 1)
-ENV := $(call hash,constraints.txt pyproject.toml setup.py)
+ENV := $(call hash,constraints.txt pyproject.toml setup.py \
+  $(wildcard kernels/native/*.cc kernels/native/*.h))
 INSTALLED := $(VENV)/installed-$(ENV)
+AOT_INSTALLED := $(AOT)/installed-$(ENV)
 PREPARED := $(FEDJAX_PEFT_HOME)/prepared-$(ENV)
 
 help:
 	@echo "make quickstart  set up, then fine-tune MiniLM across 1,000 clients"
 	@echo "make test        set up, then lint, types and the tests (12 minutes)"
+	@echo "make test-aot    compile the kernels for TPUs and GPUs without any"
 	@echo "make test-slow   the tests that are too slow for make test"
 	@echo "make lint | types | format | install | prepare | clean"
 
@@ -45,6 +50,17 @@ quickstart: $(PREPARED)-base
 test: lint types $(PREPARED)-base
 	$(BIN)/python -m pytest -q
 
+# An environment of its own: with an accelerator's compiler installed, JAX asks
+# every program where it should run.
+$(AOT_INSTALLED):
+	$(PYTHON) -m venv --clear $(AOT)
+	FEDJAX_PEFT_NO_NATIVE=1 $(AOT)/bin/python -m pip install -q \
+	  -c constraints.txt -e '.[aot,test]'
+	@touch $@
+
+test-aot: $(AOT_INSTALLED)
+	$(AOT)/bin/python -m pytest -q -m aot tests/aot
+
 test-slow: $(PREPARED)-slow
 	$(BIN)/python -m pytest -q -m slow
 
@@ -60,4 +76,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(AOT) .cache .mypy_cache .pytest_cache .ruff_cache build dist

@@ -33,9 +33,17 @@ from fedjax_peft import settings as settings_lib
 
 LINKS: dict[str, Callable] = {
   "clip": links.clip,
-  "weigh": links.weigh,
   "fixed_point": links.fixed_point,
+  "int4": links.int4,
   "int8": links.int8,
+  "lowrank": links.lowrank,
+  "mask": links.mask,
+  "quantize": links.quantize,
+  "rand_k": links.rand_k,
+  "rotate": links.rotate,
+  "sign": links.sign,
+  "top_k": links.top_k,
+  "weigh": links.weigh,
 }
 PEFT: dict[str, Callable] = {"lora": peft.lora, "tune": peft.tune}
 
@@ -153,8 +161,12 @@ def _chain(tables: Sequence[schema.Table], where: str) -> link.Link:
   """The links of a config, put together."""
   parts = []
   for i, table in enumerate(tables):
-    factory, rest = _named(LINKS, table, "link", f"{where}.{i}")
-    parts.append(config.call(factory, rest, f"{where}.{i}"))
+    at = f"{where}.{i}"
+    table = dict(table)
+    feedback = table.pop("error_feedback", False)
+    factory, rest = _named(LINKS, table, "link", at)
+    part = config.call(factory, rest, at)
+    parts.append(links.error_feedback(part) if feedback is True else part)
   try:
     return link.chain(*parts)
   except ValueError as error:

@@ -11,11 +11,12 @@ large the cohort.
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_peft import tree, work
+from fedjax_peft import link, tree, work
 from fedjax_peft.data import schedule as schedule_lib
 
 PyTree = Any
@@ -78,12 +79,14 @@ class Common(NamedTuple):
     base: frozen weights.
     examples: {feature: [M, ...]}.
     key: random key of (seed, round).
+    roster: who takes part, on all devices; None where nobody reports.
   """
 
   sent: work.Sent
   base: PyTree
   examples: Any
   key: jax.Array
+  roster: link.Roster | None = None
 
 
 class Group(NamedTuple):
@@ -183,6 +186,12 @@ def segment(
     finished in this segment, in the rows that `plan.slots` names.
   """
   width, (blocks, length) = plan.slots.shape[0], plan.rows.shape[:2]
+  chex.assert_shape(plan.rows, (blocks, length, None, job.rows))
+  chex.assert_equal_shape([plan.slot, plan.first, plan.out])
+  chex.assert_equal_shape_prefix([plan.slot, plan.rows], 3)
+  chex.assert_equal_shape([group.clients, group.weights])
+  chex.assert_tree_shape_prefix(lanes, (blocks, plan.slot.shape[2]))
+  chex.assert_tree_shape_prefix(buffer, (width,))
   nodes = None if group.nodes is None else True
 
   def tick(lane, buffer, rows, slot, first, out):

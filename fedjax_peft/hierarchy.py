@@ -185,12 +185,16 @@ def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
     node: the tier's nodes.
     acc: reduced wires, axis E leads.
     weight: int32 [E], examples behind them.
-    roster: who sent.
+    roster: who sent, to whom, and whose wire arrived.
     key: random key of the round and the boundary.
   """
 
-  def one(acc, params, opt, shared, weight):
-    message, shared = at.uplink.finish(acc, shared, roster, key)
+  def one(acc, params, opt, shared, weight, e):
+    here = roster
+    if roster.nodes is not None:  # of the others it knows nothing
+      mine = roster.nodes == e
+      here = roster._replace(weights=jnp.where(mine, roster.weights, 0))
+    message, shared = at.uplink.finish(acc, shared, here, key)
     moved = at.pick(params)
     updates, new_opt = at.tier.server.update(message, opt, moved)
     new = optax.apply_updates(moved, updates)
@@ -202,7 +206,12 @@ def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
     )
 
   params, opt, shared = jax.vmap(one)(
-    acc, node.params, node.opt, node.shared, weight
+    acc,
+    node.params,
+    node.opt,
+    node.shared,
+    weight,
+    jnp.arange(at.tier.size, dtype=jnp.int32),
   )
   return node._replace(
     params=params, opt=opt, shared=shared, weight=node.weight + weight
@@ -223,9 +232,8 @@ def report(
   Returns:
     (reduced wires [E, ...], weights [E], the senders' link states, stats).
   """
-  parent = parents(below, above)
-  seats = jnp.arange(parent.size, dtype=jnp.int32)
-  roster = link_lib.Roster(seats, below.weight)
+  roster = roster_of(below, above, key)
+  parent, seats = roster.nodes, roster.clients
   message = jax.tree.map(jnp.subtract, below.anchor, at.pick(below.params))
 
   def send(message, mine, seat, weight, shared):
@@ -238,25 +246,34 @@ def report(
     message, below.mine, seats, below.weight, shared
   )
   first = jax.tree.map(lambda x: x[0], above.shared)
-  messages = at.uplink.decode(wires, first, roster, key)
+  messages = jax.eval_shape(at.uplink.decode, wires, first, roster, key)
   zero = at.uplink.reduce.init(
-    jax.eval_shape(lambda m: jax.tree.map(lambda x: x[0], m), messages)
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages)
   )
   acc, weight = gather(
-    at, repeat(zero, above.weight.size), messages, below.weight, parent
+    at,
+    repeat(zero, above.weight.size),
+    wires,
+    below.weight,
+    parent,
+    first,
+    roster,
   )
   return acc, weight, mine, stats
 
 
-def gather(at: Boundary, acc, messages, weights, nodes):
-  """Folds messages into the accumulators of the nodes they are sent to.
+def gather(at: Boundary, acc, wires, weights, nodes, shared, roster):
+  """Folds wires into the accumulators of the nodes they are sent to.
 
   Args:
     at: the boundary they crossed.
     acc: accumulators, axis E leads.
-    messages: decoded wires, axis W leads.
+    wires: axis W leads.
     weights: int32 [W], 0 = absent.
     nodes: int32 [W], who hears each.
+    shared: state of the receiving end of one node. An 'each' link decodes by
+      what is in the wire, so that nodes do not differ.
+    roster: who takes part.
 
   Returns:
     (accumulators, int32 [E] weights of what was folded in).
@@ -265,8 +282,12 @@ def gather(at: Boundary, acc, messages, weights, nodes):
   def one(acc, e):
     here = (weights > 0) & (nodes == e)
     total = jnp.sum(jnp.where(here, weights, 0), dtype=jnp.int32)
-    return at.uplink.reduce.update(acc, messages, here), total
+    new = at.uplink.fold(acc, wires, here, shared, roster, roster.key)
+    return new, total
 
+  if at.tier.size == 1:  # without a batch axis, kernels run in place
+    only = one(jax.tree.map(lambda x: x[0], acc), jnp.int32(0))
+    return jax.tree.map(lambda x: x[None], only)
   return jax.vmap(one)(acc, jnp.arange(at.tier.size, dtype=jnp.int32))
 
 
@@ -280,8 +301,8 @@ def sync(
   """
   up, late = jax.random.split(key)
   acc, weight, mine, stats = report(at, below, above, up)
-  seats = jnp.arange(below.weight.size, dtype=jnp.int32)
-  roster = link_lib.Roster(seats, below.weight)
+  roster = roster_of(below, above, up)
+  roster = roster._replace(arrived=below.weight > 0)
   above = hear(at, above, acc, weight, roster, up)
   received, above = tell(at, above, late)
   parent = parents(below, above)
@@ -293,6 +314,13 @@ def sync(
     weight=jnp.zeros_like(below.weight),
   )
   return below, above, stats
+
+
+def roster_of(below: Node, above: Node, key: jax.Array) -> link_lib.Roster:
+  """The nodes of a tier as senders to the tier above."""
+  parent = parents(below, above)
+  seats = jnp.arange(parent.size, dtype=jnp.int32)
+  return link_lib.Roster(seats, below.weight, key, parent)
 
 
 def parents(below: Node, above: Node) -> jax.Array:

@@ -23,12 +23,18 @@ class Roster(NamedTuple):
   """Who takes part in an exchange; the same for every sender.
 
   Attributes:
-    clients: int32 [C] ids, -1 where a place is empty.
+    clients: int32 [C] ids, all different, -1 where a place is empty.
     weights: int32 [C] example counts, 0 = absent.
+    key: random key of the round and the boundary, which all senders know.
+    nodes: int32 [C], the receiver of each; None if there is one.
+    arrived: bool [C], whose wire has come; None while they are under way.
   """
 
   clients: jax.Array
   weights: jax.Array
+  key: jax.Array
+  nodes: jax.Array | None = None
+  arrived: jax.Array | None = None
 
 
 class Context(NamedTuple):
@@ -81,6 +87,9 @@ class Link(NamedTuple):
       "sum" means something only on the sum of the wires.
     factored: whether `Factored` leaves can be sent without expanding them.
     parts: the links of a chain; None for a link that is not a chain.
+    fold: (sum of messages, wires [W, ...], present bool [W]) -> sum; receives
+      wires and adds what they say, where one pass over them all is faster
+      than one after the other. None: there is no such pass.
   """
 
   name: str
@@ -91,6 +100,7 @@ class Link(NamedTuple):
   receive_on: Literal["each", "any", "sum"] = "any"
   factored: bool = False
   parts: tuple["Link", ...] | None = None
+  fold: Callable | None = None
 
 
 def stateless(
@@ -101,6 +111,7 @@ def stateless(
   bound: Callable[[float, Spec], float] | None = None,
   receive_on: Literal["each", "any", "sum"] = "any",
   factored: bool = False,
+  fold: Callable | None = None,
 ) -> Link:
   """A link without state, from send(message, ctx) and receive(wire, roster).
 
@@ -111,6 +122,7 @@ def stateless(
     bound: (bound, spec) -> L2 bound after this link; None keeps it.
     receive_on: see `Link`.
     factored: see `Link`.
+    fold: see `Link`.
   """
 
   def send_(message, mine, shared, ctx):
@@ -133,18 +145,16 @@ def stateless(
     after=after,
     receive_on=receive_on,
     factored=factored,
+    fold=fold,
   )
 
 
 def alone(weight: int = 1, seed: int = 0) -> Context:
   """Context of a single sender, for one-to-one links and examples."""
-  clients, weights = jnp.zeros((1,), jnp.int32), jnp.full((1,), weight)
-  return Context(
-    key=jax.random.key(seed),
-    client=clients[0],
-    weight=weights[0].astype(jnp.int32),
-    roster=Roster(clients, weights.astype(jnp.int32)),
-  )
+  clients, key = jnp.zeros((1,), jnp.int32), jax.random.key(seed)
+  weights = jnp.full((1,), weight, jnp.int32)
+  roster = Roster(clients, weights, jax.random.fold_in(key, 0))
+  return Context(key, clients[0], weights[0], roster=roster)
 
 
 def wire_shape(message: PyTree, send: Callable[[PyTree, Context], Any]):
@@ -239,6 +249,8 @@ class Exchange(NamedTuple):
     send: as `Link.send` of the chain.
     decode: (wires, shared, roster, key) -> messages; undoes for every wire
       alone what cannot wait for the sum. Axis W leads.
+    fold: (accumulator, wires, present bool [W], shared, roster, key) ->
+      accumulator; decodes wires and reduces them.
     finish: (accumulator, shared, roster, key) -> (message, shared).
     link: the chain.
     reduce: the reduction.
@@ -248,6 +260,7 @@ class Exchange(NamedTuple):
   zeros: Callable
   send: Callable
   decode: Callable
+  fold: Callable
   finish: Callable
   link: Link
   reduce: reduce_lib.Reduce
@@ -283,6 +296,15 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
       wires
     )
 
+  at_once = None
+  if reduce.name == "sum" and split == len(parts) - 1:
+    at_once = parts[split].fold
+
+  def fold(acc, wires, present, shared, roster, key):
+    if at_once is not None:
+      return at_once(acc, wires, present)
+    return reduce.update(acc, decode(wires, shared, roster, key), present)
+
   def finish(acc, shared, roster, key):
     total = reduce.finalize(acc)
     return _receive(parts, range(split), total, shared, roster, key)
@@ -298,7 +320,9 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
 
     return reduce.init(jax.eval_shape(decoded, whole.after(spec).message))
 
-  return Exchange(whole.init, zeros, whole.send, decode, finish, whole, reduce)
+  return Exchange(
+    whole.init, zeros, whole.send, decode, fold, finish, whole, reduce
+  )
 
 
 def broadcast(link: Link) -> Callable:

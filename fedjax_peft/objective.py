@@ -30,7 +30,7 @@ class Model(NamedTuple):
       `changed` holding the new values of the mutable paths.
     module: (params, base) -> nnx.Module, ready to be called.
     origin: the module as it was given.
-    loss_fn: the loss as it was given.
+    loss_fn: the loss as it was given, with what it returns checked.
   """
 
   params: Params
@@ -71,9 +71,14 @@ def model(
     rng = reseed(split.rng, key)
     return peft.merge(split.graph, trained, rng, mutable, base)
 
+  def checked(module, examples, key):
+    per_example, metrics = loss(module, examples, key)
+    _check(per_example, metrics, jax.tree.leaves(examples)[0].shape[0])
+    return per_example, metrics
+
   def loss_(params, base, examples, key):
     merged = merge(params, base, key)
-    per_example, metrics = loss(merged, examples, key)
+    per_example, metrics = checked(merged, examples, key)
     changed = peft.split(merged).mutable if split.mutable else {}
     return per_example, metrics, changed
 
@@ -88,8 +93,22 @@ def model(
     loss=loss_,
     module=rebuild,
     origin=module,
-    loss_fn=loss,
+    loss_fn=checked,
   )
+
+
+def _check(per_example, metrics, rows: int) -> None:
+  """Raises ValueError unless a loss returned one value an example."""
+  parts = {"the loss": per_example}
+  for name, (top, bottom) in metrics.items():
+    parts |= {f"numerator of {name!r}": top, f"denominator of {name!r}": bottom}
+  for name, value in parts.items():
+    if jnp.shape(value) != (rows,):
+      raise ValueError(
+        f"a loss must return one value an example, [{rows}], so that padding "
+        f"can be left out: got {name} of shape {list(jnp.shape(value))}; leave "
+        "out the mean or the sum over the batch"
+      )
 
 
 def reseed(rng: Params, key: jax.Array) -> Params:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_peft import tree
+from fedjax_peft.kernels.summation import api as kernel
 
 
 class Reduce(NamedTuple):
@@ -67,13 +68,11 @@ def sum() -> Reduce:
         left = x.left.reshape(-1, x.left.shape[-1])
         right = tree.where(present, x.right, jnp.zeros_like(x.right))
         return a + left.T @ right.reshape(-1, right.shape[-1])
-      # Row after row: XLA's CPU backend sums over a leading axis forty times
-      # slower, and this order is the same on every machine.
-      return jax.lax.scan(add, a, (x, present))[0]
-
-    def add(a, row):
-      x, here = row
-      return a + jnp.where(here, x, jnp.zeros_like(x)), None
+      if x.dtype in kernel.DTYPES:
+        rows = x.reshape(x.shape[0], a.size)
+        return kernel.add_rows(a.reshape(-1), rows, present).reshape(a.shape)
+      x = tree.where(present, x, jnp.zeros_like(x))
+      return a + jnp.sum(x, axis=0, dtype=x.dtype)
 
     return tree.map_leaves(one, messages, acc)
 

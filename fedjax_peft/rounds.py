@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -176,7 +177,13 @@ def begin(setup, state, base, cohort, key, *, shape, width):
   if alone:
     received = jax.tree.map(lambda x: x[0], received)
   sent = work.Sent(received, {"round": state.round})
-  common = executor.Common(sent, base, cohort.examples, key)
+  roster = link.Roster(
+    cohort.clients.reshape(-1),
+    cohort.weights.reshape(-1),
+    _boundary_key(key, 0),
+    None if alone else cohort.nodes.reshape(-1),
+  )
+  common = executor.Common(sent, base, cohort.examples, key, roster)
   rows = jnp.maximum(cohort.clients, 0)
   local, mine = jax.tree.map(lambda x: x[rows], tuple(state.clients))
   nodes = None if alone else cohort.nodes
@@ -235,8 +242,7 @@ def absorb(setup, common, shared, flight, slots):
   zero with weight zero before the first link; it shows in `arrived`.
   """
   at, group, buffer = setup.boundaries[0], flight.group, flight.buffer
-  roster = link.Roster(group.clients, group.weights)
-  # An 'each' link decodes by what is in the wire: the nodes do not differ.
+  roster = common.roster
   first = jax.tree.map(lambda x: x[0], shared)
 
   def send(message, mine, client, weight, node):
@@ -255,10 +261,8 @@ def absorb(setup, common, shared, flight, slots):
     wires, mine, stats = jax.vmap(send)(
       message, mine, group.clients[place], weight, node
     )
-    messages = at.uplink.decode(
-      wires, first, roster, _boundary_key(common.key, 0)
-    )
-    sums, heard = hierarchy.gather(at, sums, messages, weight, node)
+    chex.assert_tree_shape_prefix((wires, stats), place.shape)
+    sums, heard = hierarchy.gather(at, sums, wires, weight, node, first, roster)
     return sums, (heard, arrived, mine, stats)
 
   place = jnp.maximum(slots, 0)
@@ -300,9 +304,9 @@ def finish(setup, state, common, flight, cohort):
   nodes, key = list(state.nodes), common.key
   sums = _merge(setup.boundaries[0].tier.reduce, flight.sums)
   weight = jnp.sum(flight.weight, axis=0, dtype=jnp.int32)
-  roster = link.Roster(cohort.clients.reshape(-1), cohort.weights.reshape(-1))
+  roster = common.roster._replace(arrived=flight.arrived.reshape(-1))
   nodes[0] = hierarchy.hear(
-    setup.boundaries[0], nodes[0], sums, weight, roster, _boundary_key(key, 0)
+    setup.boundaries[0], nodes[0], sums, weight, roster, roster.key
   )
   record, span = {}, 1
   for i, at in enumerate(setup.boundaries[1:], start=1):
@@ -331,6 +335,8 @@ def _boundary_key(key, i):
 
 def _merge(reduce, sums):
   """Merges the devices' accumulators, in the order of the devices."""
+  if reduce.name == "sum":  # one collective, however many devices
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), sums)
   parts = [
     jax.tree.map(lambda x, d=d: x[d], sums)
     for d in range(jax.tree.leaves(sums)[0].shape[0])

@@ -129,7 +129,7 @@ def test_a_broadcast_gives_everyone_what_the_wire_says():
   link = fp.int8(stochastic=False)
   message = {"a": jnp.array([1.0, 0.3, -0.7])}
   received, _, _, wire = fp.broadcast(link)(message, (), (), link_lib.alone())
-  wanted = np.asarray(wire["a"].values, np.float32) * np.asarray(
+  wanted = np.asarray(wire["a"].packed, np.float32) * np.asarray(
     wire["a"].scale
   )
   np.testing.assert_array_equal(received["a"], wanted)
@@ -164,7 +164,7 @@ def test_a_cut_that_changes_nothing_is_no_cut():
 
 
 def test_a_gradient_goes_straight_through_a_quantized_cut():
-  up = fp.int8(block=4, stochastic=False)
+  up = fp.int8(stochastic=False)
   boundary = fp.cut(up, fp.chain())
   x = jnp.array([0.1, -0.52, 0.9, 0.333])
   key, seen = jax.random.key(0), jnp.array([1.0, 2.0, -3.0, 4.0])
@@ -176,7 +176,7 @@ def test_a_gradient_goes_straight_through_a_quantized_cut():
 
 
 def test_a_cotangent_crosses_the_link_that_goes_down():
-  down = fp.int8(block=4, stochastic=False)
+  down = fp.int8(stochastic=False)
   x, key = jnp.array([0.1, -0.52, 0.9, 0.333]), jax.random.key(0)
   value, back = jax.vjp(lambda x: fp.cut(fp.chain(), down)(x, key), x)
   np.testing.assert_array_equal(value, x)

@@ -304,3 +304,17 @@ def test_clients_start_from_what_the_downlink_says(tol):
   assert algorithm.bytes(5)["cloud/down_bytes"] == held < 4 * (35 + 21)
   assert outcome.record["cloud/clip/fraction"] == 0
   assert outcome.record["cloud/clip/nonfinite"] == 0
+
+
+@pytest.mark.parametrize("part", ["the loss", "numerator of 'hits'"])
+def test_a_loss_that_is_a_mean_is_refused_in_a_sentence(part):
+  def loss(module, examples, key):
+    each = jnp.sum(module(examples["x"]), axis=1)
+    whole = {"the loss": jnp.mean(each)}.get(part, each)
+    top = jnp.mean(each) if part != "the loss" else each
+    return whole, {"hits": (top, jnp.ones_like(each))}
+
+  model = fp.model(toy.Net(nnx.Rngs(0)), loss)
+  rows = {"x": jnp.ones((4, 5))}
+  with pytest.raises(ValueError, match=rf"example, \[4\].* got {part} .*\[\]"):
+    model.loss(model.params, model.base, rows, jax.random.key(0))

@@ -1,7 +1,33 @@
 """The links that come with the library; see `fedjax_peft.link` for the noun."""
 
 from fedjax_peft.links.clipping import clip
-from fedjax_peft.links.quantizing import fixed_point, int8
+from fedjax_peft.links.factoring import lowrank
+from fedjax_peft.links.feedback import error_feedback
+from fedjax_peft.links.masking import mask
+from fedjax_peft.links.quantizing import (
+  fixed_point,
+  int4,
+  int8,
+  quantize,
+  sign,
+)
+from fedjax_peft.links.rotating import rotate
+from fedjax_peft.links.sparsifying import rand_k, top_k
 from fedjax_peft.links.weighing import Weighed, weigh
 
-__all__ = ["Weighed", "clip", "fixed_point", "int8", "weigh"]
+__all__ = [
+  "Weighed",
+  "clip",
+  "error_feedback",
+  "fixed_point",
+  "int4",
+  "int8",
+  "lowrank",
+  "mask",
+  "quantize",
+  "rand_k",
+  "rotate",
+  "sign",
+  "top_k",
+  "weigh",
+]

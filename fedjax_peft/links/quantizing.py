@@ -2,8 +2,8 @@
 
 `fixed_point` puts every client on one grid, so wires can be added as they are,
 modulo 2^bits: the sum does not depend on any order, and it can be masked.
-`int8` gives each block of a client's message a scale of its own: it is finer
-for the same bits, and every wire must be decoded alone.
+`quantize` gives each block of a client's message a scale of its own: it is
+finer for the same bits, and every wire must be decoded alone.
 
 Alistarh et al., QSGD, 2017, https://arxiv.org/abs/1610.02132
 """
@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_peft import link, tree, validate
+from fedjax_peft import link, reduce, tree, validate
+from fedjax_peft.kernels.quantization import api as kernel
+from fedjax_peft.kernels.summation import api as sum_kernel
 
 
 def fixed_point(bits: int = 32) -> link.Link:
@@ -144,76 +146,181 @@ def _float32_below(limit: int) -> np.float32:
   return np.nextafter(value, np.float32(0)) if int(value) > limit else value
 
 
-def int8(*, block: int = 256, stochastic: bool = True) -> link.Link:
-  """Rounds blocks of a message to 8 bits, each with a scale of its own.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """A leaf on the wire: a few bits a value, and a scale for each block.
+
+  Attributes:
+    packed: int8, int16 or uint8 [n]; see `kernels.quantize`.
+    scale: float32 [blocks], or scalar where the leaf has one.
+    bits: of a value.
+    block: values that share a scale.
+    shape: of the leaf.
+    dtype: of the leaf.
+  """
+
+  packed: jax.Array
+  scale: jax.Array
+  bits: int = dataclasses.field(metadata={"static": True})
+  block: int = dataclasses.field(metadata={"static": True})
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+  dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+  @property
+  def size(self) -> int:
+    """Values of the leaf."""
+    return math.prod(self.shape)
+
+  def decode(self) -> jax.Array:
+    """The leaf."""
+    flat = kernel.dequantize(
+      self.packed,
+      self.scale,
+      bits=self.bits,
+      size=self.size,
+      block=self.block,
+    )
+    return flat.reshape(self.shape).astype(self.dtype)
+
+
+def quantize(
+  bits: int, *, block: int = 256, stochastic: bool = True
+) -> link.Link:
+  """Rounds blocks of a message to few bits, each with a scale of its own.
 
   Guarantees:
-    |decoded - x| < scale of the block = max|x| / 127 (half of it when not
-    stochastic); unbiased when stochastic; zeros stay zeros.
+    |decoded - x| < scale of the block, which is max|x| / (2^(bits-1) - 1), and
+    half of it when not stochastic; unbiased when stochastic; zeros stay zeros,
+    and so does a block whose scale is below 2^-80. With 1 bit the values are
+    -max|x| and max|x|.
 
   Args:
-    block: values that share a scale, at least 1.
+    bits: 1, 2, 4, 8 or 16.
+    block: values that share a scale, a power of two from 128 to 4096.
     stochastic: round up with the probability that makes the mean right,
       rather than to the nearest.
 
   Returns:
-    A link with `receive_on="each"`: of every float leaf it sends int8 values
-    and one float32 scale for each block; integer leaves pass unchanged.
+    A link with `receive_on="each"`: of every float leaf it sends packed
+    integers and one float32 scale a block; integer leaves pass unchanged.
+
+  Raises:
+    ValueError: if `bits` or `block` is none of these.
   """
-  validate.at_least(1, block=block)
+  validate.one_of([1, 2, 4, 8, 16], bits=bits)
+  validate.one_of([2**i for i in range(7, 13)], block=block)
 
-  def encode(x, key):
+  def encode(x, ctx, i):
+    key = jax.random.key_data(jax.random.fold_in(ctx.key, i))
+    packed, scale = kernel.quantize(
+      x.astype(jnp.float32).reshape(-1),
+      key,
+      bits=bits,
+      block=block,
+      stochastic=stochastic,
+    )
+    return Quantized(packed, scale, bits, block, x.shape, np.dtype(x.dtype))
+
+  def bound(limit, spec):
+    if bits == 1:
+      return limit * math.sqrt(block)
+    # In each block the error is at most sqrt(block) scales, and the squares
+    # of the blocks' maxima add up to at most the squared norm.
+    return limit * (1 + math.sqrt(block) / (2 ** (bits - 1) - 1))
+
+  return _packed(f"quantize({bits})", encode, bound)
+
+
+def int8(*, block: int = 256, stochastic: bool = True) -> link.Link:
+  """`quantize(8)`: a byte a value, a scale for each block."""
+  return quantize(8, block=block, stochastic=stochastic)._replace(name="int8")
+
+
+def int4(*, block: int = 256, stochastic: bool = True) -> link.Link:
+  """`quantize(4)`: half a byte a value, a scale for each block."""
+  return quantize(4, block=block, stochastic=stochastic)._replace(name="int4")
+
+
+def sign() -> link.Link:
+  """Sends the sign of every value, and the mean magnitude of every leaf.
+
+  Guarantees:
+    a leaf decodes to +-mean|x|, so that no norm grows; a bit a value.
+
+  Returns:
+    A link with `receive_on="each"`; biased, so put `error_feedback` around it.
+
+  Source: Karimireddy et al., Error Feedback Fixes SignSGD, 2019,
+  https://arxiv.org/abs/1901.09847, the scaled sign.
+  """
+  block = 256
+
+  def encode(x, ctx, i):
     flat = x.astype(jnp.float32).reshape(-1)
-    blocks = jnp.pad(flat, (0, -flat.size % block)).reshape(-1, block)
-    scale = jnp.max(jnp.abs(blocks), axis=1) / 127
-    safe = jnp.where(scale > 0, scale, 1)
-    y = blocks / safe[:, None]
-    if stochastic:
-      y = jnp.floor(y + jax.random.uniform(key, y.shape))
-    else:
-      y = jnp.round(y)
-    q = jnp.clip(y, -127, 127).astype(jnp.int8).reshape(-1)[: flat.size]
-    return Quantized(q.reshape(x.shape), scale, np.dtype(x.dtype))
+    # Each is divided before they are added, which could overflow.
+    mean = jnp.sum(jnp.abs(flat) / flat.size)
+    packed, scale = kernel.quantize(
+      flat,
+      jnp.zeros((2,), jnp.uint32),
+      bits=1,
+      block=block,
+      stochastic=False,
+      scale=mean,
+    )
+    return Quantized(packed, scale, 1, block, x.shape, np.dtype(x.dtype))
 
-  def decode(wire):
-    q = wire.values.astype(jnp.float32).reshape(-1)
-    blocks = jnp.pad(q, (0, -q.size % block)).reshape(-1, block)
-    flat = (blocks * wire.scale[:, None]).reshape(-1)[: q.size]
-    return flat.reshape(wire.values.shape).astype(wire.dtype)
+  return _packed("sign", encode, lambda limit, spec: limit)
+
+
+def _packed(name: str, encode, bound) -> link.Link:
+  """A link that sends float leaves as `Quantized`, by encode(x, ctx, i)."""
 
   def send(message, ctx):
     leaves, treedef = jax.tree.flatten(message)
     wires = [
-      encode(x, jax.random.fold_in(ctx.key, i)) if tree.is_float(x) else x
+      encode(x, ctx, i) if tree.is_float(x) and x.size else x
       for i, x in enumerate(leaves)
     ]
     return jax.tree.unflatten(treedef, wires), {}
 
   def receive(wire, roster):
-    def one(x):
-      return decode(x) if isinstance(x, Quantized) else x
+    return _map(lambda x: x.decode() if _is_quantized(x) else x, wire)
 
-    return jax.tree.map(one, wire, is_leaf=lambda x: isinstance(x, Quantized))
+  def fold(acc, wires, present):
+    def one(x, a):
+      if not _is_quantized(x):
+        here = present.reshape(-1, *(1,) * (x.ndim - 1))
+        x = jnp.where(here, x, jnp.zeros_like(x))
+        return a + jnp.sum(x, axis=0, dtype=x.dtype)
+      if a.dtype != jnp.float32:
+        rows = jax.vmap(lambda x: x.decode())(x)
+        return reduce.sum().update(a, rows, present)
+      senders = x.packed.shape[0]
+      blocks = kernel.layout(a.size, bits=x.bits, block=x.block).blocks
+      scale = x.scale.reshape(senders, -1)  # one a leaf, or one a block
+      total = sum_kernel.weighted_sum(
+        a.reshape(-1),
+        x.packed,
+        jnp.broadcast_to(scale, (senders, blocks)),
+        present.astype(jnp.float32),
+        bits=x.bits,
+        block=x.block,
+      )
+      return total.reshape(a.shape)
 
-  def bound(limit, spec):
-    # In each block the error is at most sqrt(block) max|x| / 127, and the
-    # squares of the blocks' maxima add up to at most the squared norm.
-    return limit * (1 + math.sqrt(block) / 127)
+    return _map(one, wires, acc)
 
-  return link.stateless("int8", send, receive, bound=bound, receive_on="each")
+  return link.stateless(
+    name, send, receive, bound=bound, receive_on="each", fold=fold
+  )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-  """Block-quantized values on the wire.
+def _is_quantized(x: Any) -> bool:
+  """True for a leaf that was quantized."""
+  return isinstance(x, Quantized)
 
-  Attributes:
-    values: int8, in the shape of the leaf.
-    scale: float32 [blocks].
-    dtype: what it decodes to.
-  """
 
-  values: jax.Array
-  scale: jax.Array
-  dtype: np.dtype = dataclasses.field(metadata={"static": True})
+def _map(fun, *trees):
+  """`jax.tree.map` that takes `Quantized` leaves whole."""
+  return jax.tree.map(fun, *trees, is_leaf=_is_quantized)

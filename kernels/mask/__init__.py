@@ -1,0 +1,1 @@
+"""Masks of secure aggregation: keystreams that cancel in the sum."""

@@ -1,0 +1,1 @@
+"""Keeping the entries of largest magnitude, and adding them up on receipt."""

@@ -1,0 +1,1 @@
+"""Weighted sums of wires, added into an accumulator that stays in place."""
