@@ -21,13 +21,14 @@ class Algorithm(NamedTuple):
 
   Attributes:
     init: (params=None, *, clients=N, cohort=most senders) -> State.
-    begin: (state, base, cohort, key, *, shape=(G, K), width=W) ->
-      (state, Common, Flight); axis D leads the flight.
+    begin: (state, base, cohort, key, *, shape=(G, K), width=W, whole) ->
+      (state, Common, Flight); axis D leads the flight. `whole` is that of an
+      `executor.Spread`.
     segments: ((Common, shared, number), (Flight, Schedule)) -> Flight, for
       ONE device; the executor maps it over the devices.
     absorb: (Common, shared, Flight, slots [W]) -> Flight; folds what the
       flight's buffer holds into its sums.
-    finish: (state, Common, Flight, cohort) -> (state, Outcome).
+    finish: (state, Common, Flight, cohort, *, whole) -> (state, Outcome).
     bytes: (cohort) -> {name: bytes of one message at each boundary}.
     work: what clients do.
     tiers: the receivers, lowest first.
@@ -54,22 +55,29 @@ class Algorithm(NamedTuple):
       cohort: `executor.Cohort`.
       key: random key of the run; the round is folded in.
       shape: (blocks, lanes of a block) on each device, as in the schedule.
-      spread: maps `segments` over the devices; None takes one after another.
+      spread: an `executor.Spread` over the devices; None takes one after
+        another.
 
     Returns:
       (State, Outcome).
     """
-    spread = executor.one_by_one if spread is None else spread
+    spread = executor.Spread(executor.one_by_one) if spread is None else spread
     cohort = jax.tree.map(jnp.asarray, cohort)
     width = cohort.schedule.slots.shape[-1]
     state, common, flight = self.begin(
-      state, base, cohort, key, shape=shape, width=width
+      state,
+      base,
+      cohort,
+      key,
+      shape=shape,
+      width=width,
+      whole=spread.whole,
     )
     shared = state.nodes[0].shared
-    flight = spread(self.segments)(
+    flight = spread.split(self.segments)(
       (common, shared, cohort.segments), (flight, cohort.schedule)
     )
-    return self.finish(state, common, flight, cohort)
+    return self.finish(state, common, flight, cohort, whole=spread.whole)
 
 
 def federated(job: work.Work, tiers: Sequence[hierarchy.Tier]) -> Algorithm:

@@ -195,7 +195,7 @@ def scorer(
     (params, base, rows int [R]) -> {name: (numerator [R], denominator [R])},
     float32 numpy arrays; `loss` is among them.
   """
-  spread_over = executor.over(settings_lib.mesh_of(settings))
+  over = executor.over(settings_lib.mesh_of(settings))
   devices = settings.devices
   resident = settings_lib.everywhere(dict(examples), settings)
 
@@ -223,7 +223,7 @@ def scorer(
 
   @jax.jit
   def run(params, base, examples, rows, number):
-    return spread_over(one)((params, base, examples, number), rows)
+    return over.split(one)((params, base, examples, number), rows)
 
   def score(params, base, rows):
     rows = np.asarray(rows, np.int32)

@@ -257,16 +257,32 @@ def one_by_one(fun: Callable) -> Callable:
   return run
 
 
-def over(mesh: jax.sharding.Mesh) -> Callable:
-  """Maps fun(shared, split) over a mesh's devices, axis `clients`.
+def as_it_is(fun: Callable) -> Callable:
+  """The function: on one device nothing is partitioned."""
+  return fun
 
-  Returns:
-    spread(fun), for use under jit; `split` has one entry for each device.
+
+class Spread(NamedTuple):
+  """How the parts of a round meet the devices, for use under jit.
+
+  Attributes:
+    split: (fun) -> fun(shared, split) over the leading axis of split, one
+      entry for each device.
+    whole: (fun) -> the same function of what every device has. Kernels for
+      accelerators cannot be partitioned by the compiler: what uses one has to
+      be told that there is nothing to partition.
   """
+
+  split: Callable
+  whole: Callable = as_it_is
+
+
+def over(mesh: jax.sharding.Mesh) -> Spread:
+  """Spreads over a mesh's devices, axis `clients`."""
   split_over = jax.sharding.PartitionSpec("clients")
   everywhere = jax.sharding.PartitionSpec()
 
-  def spread(fun):
+  def split(fun):
     def local(shared, split):
       out = fun(shared, jax.tree.map(lambda x: x[0], split))
       return jax.tree.map(lambda x: x[None], out)
@@ -279,4 +295,13 @@ def over(mesh: jax.sharding.Mesh) -> Callable:
       check_vma=False,
     )
 
-  return spread
+  def whole(fun):
+    return jax.shard_map(
+      fun,
+      mesh=mesh,
+      in_specs=everywhere,
+      out_specs=everywhere,
+      check_vma=False,
+    )
+
+  return Spread(split, whole)

@@ -126,17 +126,22 @@ def launcher(
 
 def _in_pieces(algorithm, settings, shape):
   """A round whose segments are launched from the host, one after another."""
+  spread = executor.over(settings_lib.mesh_of(settings))
   begin = jax.jit(
-    functools.partial(algorithm.begin, shape=shape, width=settings.segment)
+    functools.partial(
+      algorithm.begin,
+      shape=shape,
+      width=settings.segment,
+      whole=spread.whole,
+    )
   )
-  finish = jax.jit(algorithm.finish)
+  finish = jax.jit(functools.partial(algorithm.finish, whole=spread.whole))
   if settings.executor == "pmap":
     segments = _by_pmap(algorithm.segments, settings_lib.mesh_of(settings))
   elif settings.executor == "debug":
     segments = debugging.one_by_one(algorithm)
   else:
-    spread = executor.over(settings_lib.mesh_of(settings))
-    segments = jax.jit(spread(algorithm.segments))
+    segments = jax.jit(spread.split(algorithm.segments))
 
   def run(state, base, cohort, key):
     if settings.executor == "debug":

@@ -164,10 +164,21 @@ def init(setup, params=None, *, clients, cohort):
   return jax.tree.map(jnp.array, state)  # broadcasts become arrays
 
 
-def begin(setup, state, base, cohort, key, *, shape, width):
+def begin(
+  setup,
+  state,
+  base,
+  cohort,
+  key,
+  *,
+  shape,
+  width,
+  whole=executor.as_it_is,
+):
   """The model goes down, and every device gets its clients' rows."""
   at, key = setup.boundaries[0], jax.random.fold_in(key, state.round)
-  received, node = hierarchy.tell(at, state.nodes[0], _boundary_key(key, 0))
+  tell = whole(functools.partial(hierarchy.tell, at))
+  received, node = tell(state.nodes[0], _boundary_key(key, 0))
   state = state._replace(nodes=(node, *state.nodes[1:]))
   top = state.nodes[-1].params
   received |= {
@@ -299,22 +310,20 @@ def absorb(setup, common, shared, flight, slots):
   )
 
 
-def finish(setup, state, common, flight, cohort):
+def finish(setup, state, common, flight, cohort, *, whole=executor.as_it_is):
   """The tiers apply what they heard, lowest first; the rows go home."""
   nodes, key = list(state.nodes), common.key
   sums = _merge(setup.boundaries[0].tier.reduce, flight.sums)
   weight = jnp.sum(flight.weight, axis=0, dtype=jnp.int32)
   roster = common.roster._replace(arrived=flight.arrived.reshape(-1))
-  nodes[0] = hierarchy.hear(
-    setup.boundaries[0], nodes[0], sums, weight, roster, roster.key
-  )
+  hear = whole(functools.partial(hierarchy.hear, setup.boundaries[0]))
+  nodes[0] = hear(nodes[0], sums, weight, roster, roster.key)
   record, span = {}, 1
   for i, at in enumerate(setup.boundaries[1:], start=1):
     span *= at.tier.period
     due = (state.round + 1) % span == 0
-    low, high, stats = hierarchy.sync(
-      at, nodes[i - 1], nodes[i], _boundary_key(key, i)
-    )
+    sync = whole(functools.partial(hierarchy.sync, at))
+    low, high, stats = sync(nodes[i - 1], nodes[i], _boundary_key(key, i))
     pick = functools.partial(jnp.where, due)
     nodes[i - 1] = jax.tree.map(pick, low, nodes[i - 1])
     nodes[i] = jax.tree.map(pick, high, nodes[i])

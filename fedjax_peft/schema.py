@@ -172,8 +172,9 @@ class Config:
   uplink: tuple[Table, ...] = _doc(
     'links a report crosses, in order, {link="clip", clip_norm=1.0}: '
     "clip(clip_norm), weigh(by, max_weight), fixed_point(bits), "
-    "mask(neighbours), int8, int4, quantize(bits, block, stochastic), "
-    "rotate(block), top_k(fraction), rand_k(fraction), lowrank(rank), sign; "
+    "mask(neighbours), int8(block, stochastic), int4(block, stochastic), "
+    "quantize(bits, block, stochastic), sign(), rotate(block), "
+    "top_k(fraction), rand_k(fraction), lowrank(rank); "
     "error_feedback=true sends the next time what a link lost",
     ({"link": "weigh"},),
   )

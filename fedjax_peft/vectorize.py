@@ -110,7 +110,7 @@ def compiled(job: work.Work, settings: settings_lib.Settings) -> Callable:
 
   @jax.jit
   def step(common, group, lanes, plan):
-    return spread(one)(common, (group, lanes, plan))
+    return spread.split(one)(common, (group, lanes, plan))
 
   return step
 

@@ -39,6 +39,8 @@ PEERS = {
     ("drjax==0.2.1", "jax==0.10.2"),
     {"drjax": (("w1", "w2"), ())},
   ),
+  # Of bench_kernels.py.
+  "flower": Peer("with_flower.py", ("flwr==1.42.0", "numpy"), {}),
   # The CPU build, where pip has been told of an index that has it; else some
   # gigabytes of libraries for accelerators come along.
   "torch": Peer(

@@ -285,7 +285,7 @@ def test_the_base_is_the_same_bit_for_bit_after_training():
 
 def test_clients_start_from_what_the_downlink_says(tol):
   # And what the links say of themselves is in the record.
-  down = fp.int8(block=4, stochastic=False)
+  down = fp.int8(stochastic=False)
   up = fp.chain(fp.clip(1e3), fp.weigh())
   algorithm = fedavg(uplink=up, downlink=down)
   state, outcome = play(algorithm, COHORT)
