@@ -47,8 +47,9 @@ $(PREPARED)-slow: $(PREPARED)-base
 quickstart: $(PREPARED)-base
 	$(BIN)/fedjax-peft train configs/quickstart.toml
 
+# A process for each of two cores: most of the time is compiling.
 test: lint types $(PREPARED)-base
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # An environment of its own: with an accelerator's compiler installed, JAX asks
 # every program where it should run.

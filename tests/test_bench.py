@@ -43,6 +43,19 @@ def test_the_engine_benchmark_measures_all_it_promises():
   assert found["memory"]["flatness"] >= 1 / 1.1
 
 
+@pytest.mark.slow
+def test_the_kernels_benchmark_measures_all_it_promises():
+  found = bench("bench_kernels.py", "--quick")
+  assert found["failed"] == {}
+  assert found["mask"]["ratio_to_openssl"] > 0
+  for name in ("weighted_sum_int8", "weighted_sum_int4", "uint32_sum"):
+    assert found[name]["fraction_of_roofline"] > 0
+  assert found["quantize"]["gb_per_second"] > 0
+  assert found["pairs"]["round_seconds"] >= 0
+  kernels = {name.split(":")[0] for name in found["measurements"]["shapes"]}
+  assert kernels >= {"lora_matmul", "mask_add", "top_k", "weighted_sum"}
+
+
 def test_an_unknown_part_is_refused_with_the_known_ones():
   with pytest.raises(AssertionError, match=r"--only takes w1, .*got 'w3'"):
     bench("bench_engine.py", "--only", "w3")

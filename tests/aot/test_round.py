@@ -14,7 +14,7 @@ def target(request):
 
 
 def test_masked_messages_are_added_modulo_two_to_the_32(target, rounds):
-  found = rounds[target, "mask"].result()
+  found = rounds(target, "mask")
   values = found["values"]
   # All values once, the weight, and who arrived; floats are for the record.
   assert values < found["exchanged"]["u32"] <= values + CLIENTS[target]
@@ -23,7 +23,7 @@ def test_masked_messages_are_added_modulo_two_to_the_32(target, rounds):
 
 
 def test_quantized_messages_are_decoded_where_they_are(target, rounds):
-  found = rounds[target, "int8"].result()
+  found = rounds(target, "int8")
   values = found["values"]
   assert values < found["exchanged"]["f32"] < values + 8 * CLIENTS[target]
   assert "s8" not in found["exchanged"]
