@@ -38,6 +38,7 @@ _PUBLIC = {
   ),
   "links": (
     "clip",
+    "count",
     "error_feedback",
     "fixed_point",
     "int4",
@@ -58,7 +59,17 @@ _PUBLIC = {
   "sampling": ("Sampler",),
   "settings": ("Settings", "choose"),
   "vectorize": ("for_each_client",),
-  "work": ("Batch", "Local", "Sent", "Work", "gradient", "local", "train"),
+  "work": (
+    "Batch",
+    "Client",
+    "Local",
+    "Moment",
+    "Sent",
+    "Work",
+    "gradient",
+    "local",
+    "train",
+  ),
 }
 # Public modules, and those that go by another name.
 _MODULES = {

@@ -105,10 +105,12 @@ def federated(job: work.Work, tiers: Sequence[hierarchy.Tier]) -> Algorithm:
     job,
     # What crosses a boundary: the leaves placed at its tier or higher.
     tuple(
-      hierarchy.boundary(t, labelled(*names[i:])) for i, t in enumerate(tiers)
+      hierarchy.boundary(t, labelled(*names[i:], placement.SERVED))
+      for i, t in enumerate(tiers)
     ),
     tuple(sorted(labelled(placement.FROZEN))),
     tuple(sorted(labelled(placement.DEVICE))),
+    tuple(sorted(labelled(placement.SERVED))),
   )
 
   def bind(fun):
@@ -148,7 +150,8 @@ def _check(job, tiers):
         f"'{high.name}': got {low.size} and {high.size}"
       )
   for leaf, label in job.placement.items():
-    if label not in (*names, placement.DEVICE, placement.FROZEN):
+    others = (placement.DEVICE, placement.FROZEN, placement.SERVED)
+    if label not in (*names, *others):
       raise ValueError(
         f"'{leaf}' is placed at {label!r}, but the tiers are {names}"
         f"{validate.near(label, names)}"

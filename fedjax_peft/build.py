@@ -33,6 +33,7 @@ from fedjax_peft import settings as settings_lib
 
 LINKS: dict[str, Callable] = {
   "clip": links.clip,
+  "count": links.count,
   "fixed_point": links.fixed_point,
   "int4": links.int4,
   "int8": links.int8,

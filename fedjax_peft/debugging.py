@@ -56,7 +56,7 @@ def _client(job, common, group, plan, slot):
     sent = jax.tree.map(lambda x: x[group.nodes[slot]], sent.params)
     sent = work.Sent(sent, common.sent.extras)
   local = jax.tree.map(lambda x: x[slot], group.local)
-  key = executor.client_key(common.key, group.clients[slot])
+  who = group.client(common.key, jnp.int32(slot))
 
   def stage(name, fun, *args):
     try:
@@ -71,7 +71,7 @@ def _client(job, common, group, plan, slot):
 
   s, g, t, k = np.nonzero(plan.slot == slot)
   order = np.lexsort((t, s))
-  carry = stage("init", job.init, sent, common.base, local, key)
+  carry = stage("init", job.init, sent, common.base, local, who)
   stats = None
   for i, rows in enumerate(plan.rows[s, g, t, k][order]):
     examples = {
@@ -79,7 +79,7 @@ def _client(job, common, group, plan, slot):
       for name, x in common.examples.items()
     }
     mask = jnp.asarray(rows >= 0, jnp.float32)
-    step_key = executor.step_key(key, jnp.int32(i), job.stride)
+    step_key = executor.step_key(who.key, jnp.int32(i), job.stride)
     batch = work.Batch(examples, mask, step_key)
     carry, more = stage(f"step {i}", job.step, carry, sent, common.base, batch)
     stats = more if stats is None else jax.tree.map(jnp.add, stats, more)

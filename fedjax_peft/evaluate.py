@@ -89,7 +89,8 @@ def evaluation(
     ]
   heldout = data.heldout if clients is None else _only(data.heldout, tested)
   tiers = algorithm.tiers
-  shared = (tiers[-1].name, placement.FROZEN)  # what the top holds for all
+  # What the top holds for all.
+  shared = (tiers[-1].name, placement.FROZEN, placement.SERVED)
   owned = [k for k, v in algorithm.work.placement.items() if v not in shared]
   score = scorer(model, data.examples, settings, batch)
   central_rows = data.test if clients is None else data.test[:0]
@@ -201,6 +202,7 @@ def scorer(
 
   def one(shared, rows):
     params, base, examples, number = shared
+    params, base = model.fold(params, base)
 
     def scores(rows):
       taken = {k: v[rows] for k, v in examples.items()}
@@ -300,7 +302,7 @@ def _only(rows: data_lib.Ragged, clients: np.ndarray) -> data_lib.Ragged:
 def _test(model: objective.Model, owned: list, batch: int) -> work.Work:
   """Testing as a job: the metrics are its stats, and nothing is reported."""
 
-  def init(sent, base, local, key):
+  def init(sent, base, local, client):
     return {k: local[k] for k in owned}
 
   def step(carry, sent, base, batch):
@@ -320,9 +322,9 @@ def _tune(model: objective.Model, how: work.Local, owned: list) -> work.Work:
   """Training as a job whose message is the client's own parameters."""
   job = work.train(model, how, rules={".*": placement.DEVICE}, tiers=("cloud",))
 
-  def init(sent, base, local, key):
+  def init(sent, base, local, client):
     start = sent.params | {k: local[k] for k in owned}
-    return job.init(sent, base, start, key)
+    return job.init(sent, base, start, client)
 
   def finish(carry, sent):
     return job.finish(carry, sent)[1], {}

@@ -8,7 +8,7 @@ the next segment starts: memory is that of the lanes and one segment, however
 large the cohort.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import chex
@@ -35,6 +35,7 @@ class Cohort(NamedTuple):
     schedule: see `data.schedule`.
     segments: int32 scalar, how many segments hold work; see `static`.
     examples: {feature: [M, ...]}, what the schedule's rows point into.
+    traits: {name: [D, C]}, read-only facts about the clients.
   """
 
   clients: Array
@@ -43,6 +44,7 @@ class Cohort(NamedTuple):
   schedule: schedule_lib.Schedule
   segments: Any
   examples: dict[str, Any]
+  traits: Mapping[str, Any] = {}
 
   def static(self) -> "Cohort":
     """The same cohort with loops of fixed length, to differentiate through.
@@ -97,12 +99,20 @@ class Group(NamedTuple):
     weights: int32 [C].
     nodes: int32 [C], or None if the lowest tier has one node.
     local: rows of the leaves that live on the clients.
+    traits: {name: [C]}.
   """
 
   clients: Array
   weights: Array
   nodes: Array | None
   local: PyTree
+  traits: Mapping[str, Any] = {}
+
+  def client(self, key: jax.Array, place: jax.Array) -> work.Client:
+    """Who is at a place; `key` is that of the round."""
+    traits = {k: jnp.asarray(v)[place] for k, v in self.traits.items()}
+    id = self.clients[place]
+    return work.Client(client_key(key, id), id, self.weights[place], traits)
 
 
 def client_key(key: jax.Array, client: jax.Array) -> jax.Array:
@@ -138,7 +148,8 @@ def empty(
     examples = {k: v[pick] for k, v in common.examples.items()}
     key = step_key(common.key, jnp.int32(0), job.stride)
     batch = work.Batch(examples, jnp.ones(job.rows), key)
-    carry = job.init(sent, common.base, rows, common.key)
+    client = group.client(common.key, jnp.int32(0))
+    carry = job.init(sent, common.base, rows, client)
     carry, stats = job.step(carry, sent, common.base, batch)
     message, local = job.finish(carry, sent)
     return Lane(carry, stats, jnp.int32(0)), Buffer(message, local, stats)
@@ -201,15 +212,17 @@ def segment(
     real = jnp.maximum(jnp.where(rows < 0, rows[..., :1], rows), 0)
     examples = {k: v[real] for k, v in common.examples.items()}
     mask = (rows >= 0).astype(jnp.float32)
-    keys = jax.vmap(client_key, (None, 0))(common.key, group.clients[place])
+    clients = jax.vmap(group.client, (None, 0))(common.key, place)
     count = jnp.where(first, 0, lane.step)
-    step_keys = jax.vmap(lambda k, n: step_key(k, n, job.stride))(keys, count)
+    step_keys = jax.vmap(lambda k, n: step_key(k, n, job.stride))(
+      clients.key, count
+    )
     batch = work.Batch(examples, mask, step_keys)
     sent = _own(common.sent, group.nodes, place)
     axis: Any = work.Sent(cast(Any, 0 if nodes else None), cast(Any, None))
     local = jax.tree.map(lambda x: x[place], group.local)
     fresh = jax.vmap(job.init, (axis, None, 0, 0))(
-      sent, common.base, local, keys
+      sent, common.base, local, clients
     )
     carry = tree.where(first, fresh, lane.carry)
     carry, stats = jax.vmap(job.step, (0, axis, None, 0))(

@@ -110,7 +110,7 @@ def why_not(
   """
   low = tiers[0]
   blocking = [p.name for p in link.parts_of(low.link) if not p.factored]
-  labels = {v for v in job.placement.values() if v != placement.FROZEN}
+  labels = set(job.placement.values()) - {placement.FROZEN}
   if blocking:
     return f"link '{blocking[0]}' needs whole matrices"
   if not low.reduce.linear or low.reduce.name != "sum":
@@ -167,7 +167,7 @@ def train(
   shared = _share(model.origin, set(layers), moving, batch)
   split = peft.split(shared)
 
-  def init(sent, base, local, key):
+  def init(sent, base, local, client):
     history = {
       name: (
         jnp.zeros((ticks, rows, layer.in_features)),

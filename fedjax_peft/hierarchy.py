@@ -57,7 +57,8 @@ def tier(
   Args:
     name: any but "device" and "frozen", which are placements.
     size: number of nodes, 1 for the top.
-    link: uplink into this tier; None weighs by examples.
+    link: uplink into this tier; None weighs by examples, where the reduction
+      has any use for weights.
     reduce: None is `reduce.sum()`, with the default link a weighted mean.
     server: None applies the message as it is (sgd with rate 1).
     period: how many rounds the tier below works before it reports.
@@ -73,8 +74,8 @@ def tier(
       f"a tier cannot be called {name!r}, since that is a placement; use "
       "another name such as 'edge'"
     )
-  link = weighing.weigh() if link is None else link
   reduce = reduce_lib.sum() if reduce is None else reduce
+  link = weighing.default(reduce.weighs) if link is None else link
   down = link_lib.chain() if down is None else down
   link_lib.exchange(link, reduce)
   link_lib.broadcast(down)
@@ -196,6 +197,8 @@ def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
       here = roster._replace(weights=jnp.where(mine, roster.weights, 0))
     message, shared = at.uplink.finish(acc, shared, here, key)
     moved = at.pick(params)
+    if isinstance(message, dict):  # of what is only served nobody reports
+      message = tree.zeros_like(moved) | message
     updates, new_opt = at.tier.server.update(message, opt, moved)
     new = optax.apply_updates(moved, updates)
     heard = weight > 0
@@ -248,7 +251,10 @@ def report(
   first = jax.tree.map(lambda x: x[0], above.shared)
   messages = jax.eval_shape(at.uplink.decode, wires, first, roster, key)
   zero = at.uplink.reduce.init(
-    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages)
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), messages
+    ),
+    below.weight.size,
   )
   acc, weight = gather(
     at,

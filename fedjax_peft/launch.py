@@ -8,7 +8,8 @@ names the one that fails. On a CPU the devices are streams, one a core.
 """
 
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ def seat(
   settings: Settings,
   *,
   examples: dict,
+  traits: Mapping[str, np.ndarray] = types.MappingProxyType({}),
   nodes: int = 1,
   seed: int = 0,
   round: int = 0,
@@ -42,6 +44,7 @@ def seat(
     job: its batches and epochs.
     settings: lanes and segments.
     examples: what the rows point into.
+    traits: {name: [N]}, facts about all clients.
     nodes: size of the lowest tier; client i talks to node i modulo this.
     seed: of the run.
     round: of the run.
@@ -80,6 +83,7 @@ def seat(
     schedule=plan,
     segments=np.int32(last),
     examples=examples,
+    traits={k: v[np.maximum(clients, 0)] for k, v in traits.items()},
   )
 
 

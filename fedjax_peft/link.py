@@ -18,6 +18,12 @@ from fedjax_peft import tree
 
 PyTree = Any
 
+COUNT = "count"  # the link that says how many examples a message stands for
+_LINEAR = (
+  "reduce.sum() with a method that is linear (fedit, ffa, fedsa, rolora, "
+  "fed_sb, ravan)"
+)
+
 
 class Roster(NamedTuple):
   """Who takes part in an exchange; the same for every sender.
@@ -245,7 +251,8 @@ class Exchange(NamedTuple):
 
   Attributes:
     init: (Spec) -> (mine, shared), as `Link.init` of the chain.
-    zeros: (Spec) -> the accumulator before anyone has sent.
+    zeros: (Spec, places) -> the accumulator before anyone has sent, with room
+      for so many senders.
     send: as `Link.send` of the chain.
     decode: (wires, shared, roster, key) -> messages; undoes for every wire
       alone what cannot wait for the sum. Axis W leads.
@@ -277,13 +284,22 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
   """
   whole = chain(link)
   parts = whole.parts or ()
+  counts = [i for i, p in enumerate(parts) if p.name == COUNT]
+  if counts != [0] * (reduce.weighs == "count"):
+    raise ValueError(
+      f"reduction '{reduce.name}' weighs by examples itself: start the link "
+      f"with count(), got '{whole.name}'"
+      if reduce.weighs == "count"
+      else f"'{COUNT}' is for reductions that weigh by examples themselves, "
+      f"'{reduce.name}' does not; use weigh() in its place, or leave it out"
+    )
   kinds = [p.receive_on for p in parts]
   if not reduce.linear:
     for part in parts:
       if part.receive_on == "sum":
         raise ValueError(
           f"'{part.name}' means something only on a sum, but the reduction "
-          f"'{reduce.name}' is not linear; use reduce.sum(), or leave "
+          f"'{reduce.name}' is not linear; use {_LINEAR}, or leave "
           f"'{part.name}' out"
         )
     split = 0
@@ -309,7 +325,7 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
     total = reduce.finalize(acc)
     return _receive(parts, range(split), total, shared, roster, key)
 
-  def zeros(spec):
+  def zeros(spec, places):
     def decoded(wire):
       wires = jax.tree.map(lambda x: x[None], wire)
       shared = whole.init(spec)[1]
@@ -318,7 +334,8 @@ def exchange(link: Link, reduce: reduce_lib.Reduce) -> Exchange:
         lambda x: x[0], decode(wires, shared, ctx.roster, ctx.key)
       )
 
-    return reduce.init(jax.eval_shape(decoded, whole.after(spec).message))
+    shape = jax.eval_shape(decoded, whole.after(spec).message)
+    return reduce.init(shape, places)
 
   return Exchange(
     whole.init, zeros, whole.send, decode, fold, finish, whole, reduce

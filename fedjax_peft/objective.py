@@ -31,6 +31,9 @@ class Model(NamedTuple):
     module: (params, base) -> nnx.Module, ready to be called.
     origin: the module as it was given.
     loss_fn: the loss as it was given, with what it returns checked.
+    served: paths in `params` that only a receiver changes (residuals).
+    fold: (params, base) -> (params, base), moves residuals into the frozen
+      kernels they stand beside; the loss does so by itself where nobody has.
   """
 
   params: Params
@@ -40,6 +43,8 @@ class Model(NamedTuple):
   module: Callable
   origin: nnx.Module
   loss_fn: Callable
+  served: frozenset[str] = frozenset()
+  fold: Callable = lambda params, base: (params, base)
 
 
 def model(
@@ -63,7 +68,8 @@ def model(
     A Model; merge it back with `model.module(params, model.base)`.
   """
   validate.one_of(["bf16", "float32"], precision=precision)
-  split = peft.split(peft.freeze(module, precision=precision))
+  plain, residuals = peft.strip(peft.freeze(module, precision=precision))
+  split = peft.split(plain)
 
   def merge(params, base, key):
     trained = {k: params[k] for k in split.params}
@@ -76,7 +82,13 @@ def model(
     _check(per_example, metrics, jax.tree.leaves(examples)[0].shape[0])
     return per_example, metrics
 
+  def fold(params, base):
+    here = {k: params[k] for k in residuals if k in params}
+    rest = {k: v for k, v in params.items() if k not in here}
+    return rest, peft.fold(base, here)
+
   def loss_(params, base, examples, key):
+    params, base = fold(params, base)
     merged = merge(params, base, key)
     per_example, metrics = checked(merged, examples, key)
     changed = peft.split(merged).mutable if split.mutable else {}
@@ -84,16 +96,20 @@ def model(
 
   def rebuild(params, base, key=None):
     key = jax.random.key(0) if key is None else key
+    params, base = fold(params, base)
     return merge(params, base, key)
 
+  served = {k for k in split.params if peft.is_residual(k)} | set(residuals)
   return Model(
-    params={**split.params, **split.mutable},
+    params={**split.params, **residuals, **split.mutable},
     base=split.base,
     mutable=frozenset(split.mutable),
     loss=loss_,
     module=rebuild,
     origin=module,
     loss_fn=checked,
+    served=frozenset(served),
+    fold=fold,
   )
 
 

@@ -2,7 +2,8 @@
 
 FedAvg labels nothing: every leaf travels to the top. A leaf labelled with the
 name of a lower tier stops there, "device" never leaves its client, "frozen"
-never changes. So personalization is leaves that do not travel.
+never changes, "served" goes down only: the receiver alone changes it. So
+personalization is leaves that do not travel.
 """
 
 from collections.abc import Mapping, Set
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from fedjax_peft import validate
 
-DEVICE, FROZEN = "device", "frozen"
+DEVICE, FROZEN, SERVED = "device", "frozen", "served"
 
 
 def resolve(
@@ -18,6 +19,7 @@ def resolve(
   rules: Mapping[str, str] | None,
   tiers: list[str],
   mutable: Set[str] = frozenset(),
+  served: Set[str] = frozenset(),
 ) -> dict[str, str]:
   """Labels every leaf.
 
@@ -26,9 +28,10 @@ def resolve(
     rules: {regex: label}, the first that matches the whole path wins.
     tiers: names of the tiers, lowest first; the last is the default label.
     mutable: leaves that the forward pass changes; each needs a rule.
+    served: leaves that the receiver alone changes; no rule changes that.
 
   Returns:
-    {path: label}, label in `tiers`, "device" or "frozen".
+    {path: label}, label in `tiers`, "device", "frozen" or "served".
 
   Raises:
     ValueError: unknown label, a regex without a match, a mutable leaf without
@@ -43,7 +46,8 @@ def resolve(
         "'device' (each client its own) or 'frozen'"
       )
   placed = {name: found.get(name, tiers[-1]) for name in names}
-  if all(label == FROZEN for label in placed.values()):
+  placed |= dict.fromkeys(served, SERVED)
+  if all(label in (FROZEN, SERVED) for label in placed.values()):
     raise ValueError(
       "placement froze every parameter, so nothing is left to train; freeze "
       "fewer"
@@ -58,16 +62,16 @@ class Groups(NamedTuple):
   a process happens to hash strings.
   """
 
-  frozen: tuple[str, ...]
+  still: tuple[str, ...]
   owned: tuple[str, ...]
   moving: tuple[str, ...]
 
 
 def split(labels: Mapping[str, str]) -> Groups:
-  """Groups labelled leaves into frozen, owned by the device, and moving."""
+  """Groups labelled leaves: a client changes none, keeps, or reports them."""
   names = sorted(labels)
   return Groups(
-    tuple(k for k in names if labels[k] == FROZEN),
+    tuple(k for k in names if labels[k] in (FROZEN, SERVED)),
     tuple(k for k in names if labels[k] == DEVICE),
-    tuple(k for k in names if labels[k] not in (FROZEN, DEVICE)),
+    tuple(k for k in names if labels[k] not in (FROZEN, DEVICE, SERVED)),
   )

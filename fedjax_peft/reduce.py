@@ -5,7 +5,7 @@ what several devices hold is merged, so memory need not grow with the cohort.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,22 @@ from fedjax_peft.kernels.summation import api as kernel
 class Reduce(NamedTuple):
   """A streaming reduction over senders.
 
+  Of each sender it gets the message as the receiver decodes it.
+
   Attributes:
     name: for messages and records.
-    init: (spec of one message) -> accumulator.
+    init: (spec of one message, places) -> accumulator, for at most so many
+      messages.
     update: (accumulator, messages [W, ...], present bool [W]) -> accumulator.
       Rows that are not present hold anything and count for nothing.
-    merge: (accumulator, accumulator) -> accumulator.
+    merge: (accumulator, accumulator) -> accumulator of all their messages.
     finalize: (accumulator) -> message.
     linear: whether the result is the sum, so that it can be taken over
       masked or weighted wires.
     memory: "flat" or "cohort", how the accumulator grows with the cohort.
+    weighs: how examples come to count. "link": the link multiplies by them
+      (`weigh`) or not. "count": the reduction does, and the link must tell
+      them (`count`). "never": everyone counts the same.
   """
 
   name: str
@@ -36,6 +42,7 @@ class Reduce(NamedTuple):
   finalize: Callable
   linear: bool
   memory: Literal["flat", "cohort"]
+  weighs: Literal["link", "count", "never"] = "link"
 
 
 def sum() -> Reduce:
@@ -47,13 +54,13 @@ def sum() -> Reduce:
 
   Example:
     >>> r = sum()
-    >>> acc = r.init(jax.ShapeDtypeStruct((2,), jnp.float32))
+    >>> acc = r.init(jax.ShapeDtypeStruct((2,), jnp.float32), 3)
     >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]])
     >>> r.finalize(r.update(acc, x, jnp.array([True, True, False])))
     Array([4., 6.], dtype=float32)
   """
 
-  def init(spec):
+  def init(spec, places):
     def one(x):
       if tree.is_factored(x):
         shape = (*x.left.shape[:-2], x.left.shape[-1], x.right.shape[-1])
@@ -84,4 +91,73 @@ def sum() -> Reduce:
     finalize=lambda acc: acc,
     linear=True,
     memory="flat",
+  )
+
+
+class Collected(NamedTuple):
+  """Messages kept one by one.
+
+  Attributes:
+    rows: messages, axis C leads; what the rows of absent ones hold is zero.
+    present: bool [C].
+  """
+
+  rows: Any
+  present: jax.Array
+
+
+def collect(
+  name: str,
+  finish: Callable[[Any, jax.Array], Any],
+  *,
+  weighs: Literal["count", "never"] = "never",
+) -> Reduce:
+  """Keeps every message until the last has come, then makes one of all.
+
+  Args:
+    name: for messages and records.
+    finish: (messages [C, ...], present bool [C]) -> message. It must not
+      depend on the order of the messages, and be zero where nobody is present.
+    weighs: see `Reduce`.
+
+  Returns:
+    A Reduce that is not linear; memory grows with the cohort.
+
+  Example:
+    >>> largest = collect("largest", lambda rows, present: jnp.max(rows, 0))
+    >>> acc = largest.init(jax.ShapeDtypeStruct((1,), jnp.float32), 2)
+    >>> here = jnp.array([True, True])
+    >>> acc = largest.update(acc, jnp.array([[2.0], [1.0]]), here)
+    >>> largest.finalize(acc)
+    Array([2.], dtype=float32)
+  """
+
+  def init(spec, places):
+    rows = jax.tree.map(lambda x: jnp.zeros((places, *x.shape), x.dtype), spec)
+    return Collected(rows, jnp.zeros((places,), bool))
+
+  def update(acc, messages, present):
+    # Free places are filled in the order of arrival.
+    places = acc.present.size
+    taken = jnp.sum(acc.present, dtype=jnp.int32)
+    rank = jnp.cumsum(present.astype(jnp.int32)) - 1
+    where = jnp.where(present, taken + rank, places)
+    return jax.tree.map(
+      lambda a, x: a.at[where].set(x, mode="drop"),
+      acc,
+      Collected(messages, present),
+    )
+
+  def merge(a, b):
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+
+  return Reduce(
+    name=name,
+    init=init,
+    update=update,
+    merge=merge,
+    finalize=lambda acc: finish(acc.rows, acc.present),
+    linear=False,
+    memory="cohort",
+    weighs=weighs,
   )

@@ -28,12 +28,14 @@ class Setup(NamedTuple):
     boundaries: the tiers, lowest first.
     frozen: names of the leaves that never change.
     owned: names of the leaves that live on the clients.
+    served: names of the leaves that the receivers alone change.
   """
 
   job: work.Work
   boundaries: tuple[hierarchy.Boundary, ...]
   frozen: tuple[str, ...]
   owned: tuple[str, ...]
+  served: tuple[str, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -116,7 +118,9 @@ def specs(setup, cohort) -> list[link.Spec]:
       {"round": jnp.int32(0)},
     )
     local = {k: params[k] for k in setup.owned}
-    carry = setup.job.init(sent, {}, local, jax.random.key(0))
+    traits = dict.fromkeys(setup.job.traits, jnp.int32(1))
+    client = work.Client(jax.random.key(0), jnp.int32(0), jnp.int32(1), traits)
+    carry = setup.job.init(sent, {}, local, client)
     return setup.job.finish(carry, sent)[0]
 
   specs = [link.Spec(jax.eval_shape(message), senders=cohort)]
@@ -188,6 +192,8 @@ def begin(
   if alone:
     received = jax.tree.map(lambda x: x[0], received)
   sent = work.Sent(received, {"round": state.round})
+  if alone:  # nodes that differ cannot share what is prepared
+    sent, base = setup.job.prepare(sent, base)
   roster = link.Roster(
     cohort.clients.reshape(-1),
     cohort.weights.reshape(-1),
@@ -198,7 +204,9 @@ def begin(
   rows = jnp.maximum(cohort.clients, 0)
   local, mine = jax.tree.map(lambda x: x[rows], tuple(state.clients))
   nodes = None if alone else cohort.nodes
-  group = executor.Group(cohort.clients, cohort.weights, nodes, local)
+  group = executor.Group(
+    cohort.clients, cohort.weights, nodes, local, cohort.traits
+  )
   one = functools.partial(_launch, setup, common, node, shape, width)
   return state, common, jax.vmap(one)(group, mine)
 
@@ -208,7 +216,7 @@ def _launch(setup, common, node, shape, width, group, mine):
   at, places = setup.boundaries[0], group.clients.size
   lanes, buffer = executor.empty(setup.job, common, group, shape, width)
   zero = at.uplink.zeros(
-    specs(setup, 1)[0]._replace(bound=1.0, integer_bound=1)
+    specs(setup, 1)[0]._replace(bound=1.0, integer_bound=1), places
   )
   shared, own = jax.tree.map(lambda x: x[0], (node.shared, mine))
   one = jax.tree.map(lambda x: x[0], buffer.message)
@@ -257,8 +265,8 @@ def absorb(setup, common, shared, flight, slots):
   first = jax.tree.map(lambda x: x[0], shared)
 
   def send(message, mine, client, weight, node):
-    key = jax.random.fold_in(executor.client_key(common.key, client), _SEND)
-    ctx = link.Context(key, client, weight, {}, roster)
+    key = jax.random.fold_in(client.key, _SEND)
+    ctx = link.Context(key, client.id, weight, client.traits, roster)
     own = jax.tree.map(lambda x: x[node], shared)
     return at.uplink.send(message, mine, own, ctx)
 
@@ -269,9 +277,8 @@ def absorb(setup, common, shared, flight, slots):
     message = tree.where(arrived, message, tree.zeros_like(message))
     weight = jnp.where(arrived, group.weights[place], 0)
     node = jnp.zeros_like(place) if group.nodes is None else group.nodes[place]
-    wires, mine, stats = jax.vmap(send)(
-      message, mine, group.clients[place], weight, node
-    )
+    clients = jax.vmap(group.client, (None, 0))(common.key, place)
+    wires, mine, stats = jax.vmap(send)(message, mine, clients, weight, node)
     chex.assert_tree_shape_prefix((wires, stats), place.shape)
     sums, heard = hierarchy.gather(at, sums, wires, weight, node, first, roster)
     return sums, (heard, arrived, mine, stats)

@@ -101,6 +101,7 @@ def run(
       algorithm.work,
       settings,
       examples=examples,
+      traits=data.traits,
       nodes=nodes,
       seed=seed,
       round=number,

@@ -155,10 +155,11 @@ def _lane_bytes(job: work.Work, base: PyTree, examples: dict) -> int:
     owned = {
       k: v for k, v in job.params.items() if job.placement.get(k) == "device"
     }
-    key = jax.random.key(0)
+    key, one = jax.random.key(0), jnp.int32(1)
+    client = work.Client(key, one, one, dict.fromkeys(job.traits, one))
     keys = executor.step_key(key, jnp.int32(0), job.stride)
     batch = work.Batch(rows, jnp.ones(job.rows), keys)
-    carry = job.init(sent, base, owned, key)
+    carry = job.init(sent, base, owned, client)
     return job.step(carry, sent, base, batch)
 
   rows = {

@@ -69,6 +69,7 @@ def for_each_client(
     job,
     settings,
     examples=data.examples,
+    traits=data.traits,
     seed=seed,
     round=round,
   )
@@ -86,6 +87,7 @@ def for_each_client(
     cohort.weights,
     None,
     jax.tree.map(lambda x: jnp.asarray(x)[seats], owned),
+    cohort.traits,
   )
   lanes = None
   found: list = []

@@ -29,6 +29,36 @@ class Sent(NamedTuple):
   extras: dict[str, Any]
 
 
+class Client(NamedTuple):
+  """Who does the work.
+
+  Attributes:
+    key: random key of (seed, round, client).
+    id: int32 scalar.
+    weight: int32 scalar, number of examples it trains on.
+    traits: read-only facts about it (rank, device, ...), {name: scalar}.
+  """
+
+  key: jax.Array
+  id: jax.Array
+  weight: jax.Array
+  traits: Mapping[str, jax.Array] = {}
+
+
+class Moment(NamedTuple):
+  """When and by whom a step is taken, for leaves that are not always trained.
+
+  Attributes:
+    round: int32 scalar.
+    step: int32 scalar, the client's steps so far in this round.
+    traits: as in `Client`.
+  """
+
+  round: jax.Array
+  step: jax.Array
+  traits: Mapping[str, jax.Array]
+
+
 class Batch(NamedTuple):
   """One batch of one client.
 
@@ -48,7 +78,7 @@ class Work(NamedTuple):
   """What one client does in one round.
 
   Attributes:
-    init: (sent, base, local, key) -> carry.
+    init: (sent, base, local, client) -> carry; see `Client`.
     step: (carry, sent, base, batch) -> (carry, stats), stats being
       {name: (numerator, denominator)}, which are summed over the steps.
     finish: (carry, sent) -> (message, local); the message is params - new, a
@@ -59,6 +89,13 @@ class Work(NamedTuple):
     stride: steps that a call of `step` takes. Where it is not 1 a client's
       last call may hold batches without any example, which must change
       nothing.
+    prepare: (sent, base) -> (sent, base), done once a round for all clients
+      where they are sent the same.
+    view: (params) -> params of the client's own model, from what it is sent
+      and what lives on it: what is evaluated.
+    compact: (spec of the message, traits, round) -> spec of what has to cross
+      the uplink: the entries that such a client trains in such a round.
+    traits: names of the traits that it reads.
   """
 
   init: Callable
@@ -68,6 +105,10 @@ class Work(NamedTuple):
   placement: dict[str, str]
   local: "Local"
   stride: int = 1
+  prepare: Callable = lambda sent, base: (sent, base)
+  view: Callable = lambda params: params
+  compact: Callable = lambda spec, traits, round: spec
+  traits: tuple[str, ...] = ()
 
   @property
   def rows(self) -> int:
@@ -123,10 +164,19 @@ def local(
 
 
 class Carry(NamedTuple):
-  """What a training client holds between two batches."""
+  """What a training client holds between two batches.
+
+  Attributes:
+    params: {path: array}, all leaves that it changes.
+    opt: state of its optimizer.
+    steps: int32 scalar, how many it has taken.
+    traits: what it is.
+  """
 
   params: dict[str, jax.Array]
   opt: PyTree
+  steps: jax.Array
+  traits: Mapping[str, jax.Array]
 
 
 def train(
@@ -136,6 +186,7 @@ def train(
   rules: Mapping[str, str] | None = None,
   tiers: tuple[str, ...] = ("cloud",),
   proximal: float = 0.0,
+  active: Callable[[str, Moment], jax.Array] | None = None,
 ) -> Work:
   """Minimizes the model's loss with a local optimizer.
 
@@ -147,23 +198,26 @@ def train(
     proximal: mu of FedProx: adds mu/2 |params - sent|^2 to the loss, over
       the leaves that travel (Li et al., 2020,
       https://arxiv.org/abs/1812.06127).
+    active: (path, Moment) -> bool scalar, whether a leaf is trained in a step;
+      None trains all in every step.
 
   Returns:
     The Work. Its message holds the leaves that leave the device.
   """
   labels = placement.resolve(
-    list(model.params), rules, list(tiers), model.mutable
+    list(model.params), rules, list(tiers), model.mutable, model.served
   )
-  frozen, owned, moving = placement.split(labels)
-  changed_names = sorted(model.mutable.difference(frozen))
+  unmoved, owned, moving = placement.split(labels)
+  changed_names = sorted(model.mutable.difference(unmoved))
 
-  def init(sent, base, local_rows, key):
+  def init(sent, base, local_rows, client):
     params = {k: sent.params[k] for k in moving} | local_rows
     weights = {k: v for k, v in params.items() if k not in model.mutable}
-    return Carry(params, how.optimizer(sent.extras["round"]).init(weights))
+    opt = how.optimizer(sent.extras["round"]).init(weights)
+    return Carry(params, opt, jnp.int32(0), client.traits)
 
   def step(carry, sent, base, batch):
-    still = {k: sent.params[k] for k in frozen}
+    still = {k: sent.params[k] for k in unmoved if k in sent.params}
     moved = {k: v for k, v in carry.params.items() if k in model.mutable}
     weights = {k: v for k, v in carry.params.items() if k not in model.mutable}
 
@@ -183,18 +237,31 @@ def train(
         k: g + proximal * (weights[k] - sent.params[k]) if k in moving else g
         for k, g in grads.items()
       }
+    now = Moment(sent.extras["round"], carry.steps, carry.traits)
+    trained = {k: active(k, now) for k in weights} if active else {}
+    grads = {k: _if(trained.get(k), g, 0 * g) for k, g in grads.items()}
     optimizer = how.optimizer(sent.extras["round"])
     updates, opt = optimizer.update(grads, carry.opt, weights)
-    weights = optax.apply_updates(weights, updates)
-    new = {k: changed[k] for k in changed_names}
+    new = optax.apply_updates(weights, updates)
+    new = {k: _if(trained.get(k), v, weights[k]) for k, v in new.items()}
+    new |= {k: changed[k] for k in changed_names}
     stats = {"loss": (total, count), **masked_metrics(batch.mask, metrics)}
-    return Carry(weights | new, opt), stats
+    return Carry(new, opt, carry.steps + 1, carry.traits), stats
 
   def finish(carry, sent):
     message = {k: sent.params[k] - carry.params[k] for k in moving}
     return message, {k: carry.params[k] for k in owned}
 
-  return Work(init, step, finish, model.params, labels, how)
+  def prepare(sent, base):
+    params, base = model.fold(sent.params, base)
+    return sent._replace(params=params), base
+
+  return Work(init, step, finish, model.params, labels, how, prepare=prepare)
+
+
+def _if(condition, yes: jax.Array, no: jax.Array) -> jax.Array:
+  """A select, or `yes` where there is no condition."""
+  return yes if condition is None else jnp.where(condition, yes, no)
 
 
 def gradient(
@@ -216,7 +283,7 @@ def gradient(
     tiers: names of the tiers, lowest first.
   """
   labels = placement.resolve(
-    list(model.params), rules, list(tiers), model.mutable
+    list(model.params), rules, list(tiers), model.mutable, model.served
   )
   if placement.DEVICE in labels.values() or model.mutable:
     raise ValueError(
@@ -225,7 +292,7 @@ def gradient(
     )
   moving = placement.split(labels).moving
 
-  def init(sent, base, local_rows, key):
+  def init(sent, base, local_rows, client):
     zeros = tree.zeros_like({k: sent.params[k] for k in moving})
     return zeros, jnp.zeros(())
 

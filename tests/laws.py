@@ -128,45 +128,21 @@ def members() -> dict[str, Member]:
   }
 
 
-def median(capacity: int) -> fp.Reduce:
-  """The coordinatewise median, as a user would write it.
+def median() -> fp.Reduce:
+  """The coordinatewise median, as a user would write it."""
 
-  Of the messages in an accumulator, `count` are there; the rest is inf, so
-  that it sorts behind them.
-  """
+  def finish(rows, present):
+    count = jnp.sum(present, dtype=jnp.int32)
 
-  def init(spec):
-    rows = jax.tree.map(
-      lambda x: jnp.full((capacity, *x.shape), jnp.inf, x.dtype), spec
-    )
-    return rows, jnp.zeros((), jnp.int32)
+    def one(x):
+      here = present.reshape(-1, *(1,) * (x.ndim - 1))
+      ordered = jnp.sort(jnp.where(here, x, jnp.inf), axis=0)
+      low, high = ordered[(count - 1) // 2], ordered[count // 2]
+      return jnp.where(count > 0, (low + high) / 2, 0)
 
-  def update(acc, messages, present):
-    rows, count = acc
-    place = count + jnp.cumsum(present) - 1
-    place = jnp.where(present, place, capacity)
-    rows = jax.tree.map(
-      lambda r, x: r.at[place].set(x, mode="drop"), rows, messages
-    )
-    return rows, count + jnp.sum(present, dtype=jnp.int32)
+    return jax.tree.map(one, rows)
 
-  def merge(a, b):
-    present = jnp.arange(capacity) < b[1]
-    return update(a, b[0], present)
-
-  def finalize(acc):
-    rows, count = acc
-
-    def middle(x):
-      x = jnp.sort(x, axis=0)
-      low, high = x[(count - 1) // 2], x[count // 2]
-      return jnp.where(count > 0, low + (high - low) / 2, 0)
-
-    return jax.tree.map(middle, rows)
-
-  return fp.Reduce(
-    "median", init, update, merge, finalize, linear=False, memory="cohort"
-  )
+  return reduce_lib.collect("median", finish)
 
 
 # Senders and their messages. What is worked out on them is numpy's.
@@ -242,7 +218,7 @@ def _crossing(link, reduce):
       sent, mine, shared, ctx
     )
     decoded = ex.decode(wires, shared, ctx.roster, key)
-    acc = ex.reduce.update(ex.zeros(spec()), decoded, present)
+    acc = ex.reduce.update(ex.zeros(spec(), _SENDERS), decoded, present)
     total = jax.tree.map(lambda x: jnp.sum(x, 0, dtype=x.dtype), wires)
 
     def receive(wire):
@@ -507,7 +483,7 @@ def _reduced(reduce, pieces):
     for i, piece in enumerate(pieces):
       rows = jax.tree.map(lambda x, p=piece: x[slice(*p)], sent)
       here = present[slice(*piece)]
-      last = parts.pop() if i % 2 else reduce.init(SHAPES)
+      last = parts.pop() if i % 2 else reduce.init(SHAPES, _SENDERS)
       parts.append(reduce.update(last, rows, here))
     return reduce.finalize(functools.reduce(reduce.merge, parts))
 
@@ -561,7 +537,7 @@ def linear_means_the_sum(reduce: fp.Reduce) -> None:
 
 def memory_is_as_declared(reduce: fp.Reduce) -> None:
   """A flat accumulator is no larger than one message."""
-  held = tree.nbytes(jax.eval_shape(lambda: reduce.init(SHAPES)))
+  held = tree.nbytes(jax.eval_shape(lambda: reduce.init(SHAPES, _SENDERS)))
   assert (held <= tree.nbytes(SHAPES)) == (reduce.memory == "flat")
 
 

@@ -242,7 +242,7 @@ def test_folding_wires_equals_adding_what_each_says(link, weighed, tol):
   wires = jax.tree.map(  # the absent hold anything
     lambda x: x.at[1].set(jnp.nan) if tree.is_float(x) else x, wires
   )
-  zeros = exchange.zeros(fp.Spec(SHAPES, senders=senders))
+  zeros = exchange.zeros(fp.Spec(SHAPES, senders=senders), senders)
   args = (shared, ctx.roster, ctx.key)
   found = jax.jit(exchange.fold)(zeros, wires, here, *args)
   said = exchange.decode(wires, *args)

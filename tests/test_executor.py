@@ -316,8 +316,8 @@ def test_a_flight_grows_by_a_few_scalars_a_client_whatever_they_send():
     data = toy.people((3,) * cohort)
     features = {"x": jax.ShapeDtypeStruct((3 * cohort, width), jnp.float32)}
 
-    def init(sent, base, local, key):
-      return short.init(sent, base, local, key) | {"sum": jnp.zeros(width)}
+    def init(sent, base, local, client):
+      return short.init(sent, base, local, client) | {"sum": jnp.zeros(width)}
 
     job = short._replace(params=wide, init=init)
     algorithm = fp.federated(job, [fp.tier("cloud", link=INTEGERS)])

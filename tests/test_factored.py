@@ -112,11 +112,11 @@ def test_its_messages_are_factors_and_no_client_holds_a_kernel():
   assert note == "low-rank local SGD"
   work = lean.work
   sent = fp.Sent(work.params, {"round": jnp.int32(0)})
-  carry = jax.eval_shape(lambda: work.init(sent, {}, {}, jax.random.key(0)))
+  carry = jax.eval_shape(lambda: work.init(sent, {}, {}, toy.client()))
   kernel = work.params["up/kernel"].shape
   assert all(x.shape != kernel for x in jax.tree.leaves(carry))
   message = jax.eval_shape(
-    lambda: work.finish(work.init(sent, {}, {}, jax.random.key(0)), sent)[0]
+    lambda: work.finish(work.init(sent, {}, {}, toy.client()), sent)[0]
   )
   assert tree.is_factored(message["up/kernel"])
 

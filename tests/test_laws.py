@@ -6,7 +6,7 @@ import laws
 from fedjax_peft import reduce as reduce_lib
 
 LINKS = laws.members()
-REDUCTIONS = {"sum": reduce_lib.sum(), "median": laws.median(8)}
+REDUCTIONS = {"sum": reduce_lib.sum(), "median": laws.median()}
 
 
 @pytest.mark.parametrize("law", laws.LINK_LAWS, ids=lambda law: law.__name__)

@@ -75,9 +75,10 @@ def test_a_reduction_that_is_not_linear_refuses_what_needs_the_sum():
   with pytest.raises(
     ValueError, match=r"'weigh' .* 'median' .* reduce.sum\(\)"
   ):
-    fp.exchange(fp.chain(fp.clip(1.0), fp.weigh()), laws.median(8))
+    fp.exchange(fp.chain(fp.clip(1.0), fp.weigh()), laws.median())
   with pytest.raises(ValueError, match="'weigh' .* 'median'"):
-    fp.tier("cloud", reduce=laws.median(8))  # the default link weighs
+    fp.tier("cloud", link=fp.weigh(), reduce=laws.median())
+  assert fp.tier("cloud", reduce=laws.median()).link.parts == ()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_a_reduction_that_is_not_linear_refuses_what_needs_the_sum():
   ids=lambda link: link.name,
 )
 def test_a_median_of_ones_own_is_taken_over_what_each_wire_says(link):
-  crossing = laws.exchanged(link, laws.messages(), reduce=laws.median(8))
+  crossing = laws.exchanged(link, laws.messages(), reduce=laws.median())
   wanted = jax.tree.map(lambda x: np.median(x, axis=0), crossing.said)
   laws.near(crossing.result, wanted)
 

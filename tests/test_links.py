@@ -372,7 +372,7 @@ def test_factors_are_summed_as_the_matrices_they_stand_for(tol):
   reduce = fp.reduce.sum()
   rows = [factors(seed=s) for s in range(3)]
   sent = jax.tree.map(lambda *x: jnp.stack(x), *rows)
-  zero = reduce.init(tree.spec(rows[0]))
+  zero = reduce.init(tree.spec(rows[0]), 1)
   here = jnp.array([True, False, True])
   broken = sent._replace(right=sent.right.at[1].set(jnp.nan))
   found = reduce.finalize(reduce.update(zero, broken, here))

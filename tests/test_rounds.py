@@ -177,7 +177,7 @@ def test_leaves_on_the_device_are_in_no_message_and_no_model(placed):
   job = algorithm.work
   sent = fp.Sent({"up/kernel": PARAMS["up/kernel"]}, {"round": 0})
   local = {"head/kernel": PARAMS["head/kernel"]}
-  carry = job.init(sent, {}, local, jax.random.key(0))
+  carry = job.init(sent, {}, local, toy.client())
   message, kept = job.finish(carry, sent)
   assert set(message) == {"up/kernel"}
   assert set(kept) == {"head/kernel"}

@@ -14,7 +14,7 @@ DATA = toy.people()
 def statistics() -> fp.Work:
   """Sum and largest value of the features of a client, and its examples."""
 
-  def init(sent, base, local, key):
+  def init(sent, base, local, client):
     return {"sum": jnp.zeros(5), "top": jnp.full(5, -jnp.inf)}
 
   def step(carry, sent, base, batch):

@@ -47,6 +47,12 @@ def people(sizes=SIZES, heldout=0.0, unseen=0.0, seed=0):
   )
 
 
+def client(id=0, weight=1, **traits) -> fp.Client:
+  """A client, to call a Work's init with."""
+  key = jax.random.key(id)
+  return fp.Client(key, jnp.int32(id), jnp.int32(weight), traits)
+
+
 def voices(batch=4, **options) -> fp.Work:
   """A job of exact arithmetic: noise from the client's key, sums of features.
 
@@ -54,8 +60,8 @@ def voices(batch=4, **options) -> fp.Work:
   bits however it is computed.
   """
 
-  def init(sent, base, local, key):
-    noise = jax.random.normal(key, (2, 3))
+  def init(sent, base, local, client):
+    noise = jax.random.normal(client.key, (2, 3))
     return {"noise": noise, "sum": jnp.zeros(5)}
 
   def step(carry, sent, base, batch):

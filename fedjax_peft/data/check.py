@@ -109,6 +109,22 @@ def entries(data: "Population"):
     )
 
 
+def traits(values: Mapping[str, np.ndarray], clients: int) -> dict:
+  """32-bit, read-only traits, after a check that every client has one."""
+  checked = {}
+  for name, value in values.items():
+    value = np.asarray(value)
+    fits = value.shape == (clients,) and value.dtype.kind in "iuf"
+    if not fits or not np.isfinite(value).all():
+      raise ValueError(
+        f"trait {name!r} must be one finite number for each of the {clients} "
+        f"clients: {value.dtype} {list(value.shape)} came"
+      )
+    kind = np.float32 if value.dtype.kind == "f" else np.int32
+    checked[name] = frozen(value.astype(kind))
+  return checked
+
+
 def leaks(data: "Population"):
   """No training row is tested on by anyone."""
   held = np.zeros(len(next(iter(data.examples.values()))), bool)

@@ -8,6 +8,7 @@ it trains on, what it is tested on). Everything is checked once, here.
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -36,6 +37,8 @@ class Population:
     test: int32 [K] rows of the central test set; may be empty.
     classes: names of the labels, or () if there are no classes.
     name: name of the data set.
+    traits: {name: [N]}, facts about the clients that their work may read
+      (`rank`); integers or floats.
 
   Raises:
     ValueError: one sentence naming the leaf, client or row that is wrong.
@@ -49,6 +52,7 @@ class Population:
   test: np.ndarray
   classes: tuple[str, ...] = ()
   name: str = "user"
+  traits: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     examples = {key: check.frozen(leaf) for key, leaf in self.examples.items()}
@@ -61,6 +65,7 @@ class Population:
       "seen": check.frozen(np.asarray(self.seen, bool)),
       "test": check.frozen(check.rows("test", self.test, rows)),
       "classes": tuple(map(str, self.classes)),
+      "traits": check.traits(self.traits, len(self.names)),
     }
     for field, value in frozen.items():
       object.__setattr__(self, field, value)
@@ -88,11 +93,27 @@ class Population:
       ragged = getattr(self, side)
       arrays |= {f"{side}/indptr": ragged.indptr, f"{side}/rows": ragged.rows}
     arrays |= {"seen": self.seen, "test": self.test}
+    arrays |= {f"traits/{key}": x for key, x in sorted(self.traits.items())}
     digest.update(repr((self.names, self.classes)).encode())
     for key, leaf in arrays.items():
       digest.update(repr((key, leaf.dtype.name, leaf.shape)).encode())
       digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()
+
+  def with_traits(self, **traits: np.ndarray) -> "Population":
+    """The same clients, of whom more is known.
+
+    Args:
+      **traits: [N] integers or floats each, one entry for every client.
+
+    Example:
+      >>> from fedjax_peft import data
+      >>> people = data.population({"x": np.eye(4)}, [0, 0, 1, 1])
+      >>> people.with_traits(rank=[2, 8]).traits["rank"]
+      array([2, 8], dtype=int32)
+    """
+    more = {k: np.asarray(v) for k, v in traits.items()}
+    return dataclasses.replace(self, traits={**self.traits, **more})
 
   def card(self) -> str:
     """A few lines on sizes, labels and how much the clients differ."""

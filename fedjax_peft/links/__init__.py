@@ -13,11 +13,13 @@ from fedjax_peft.links.quantizing import (
 )
 from fedjax_peft.links.rotating import rotate
 from fedjax_peft.links.sparsifying import rand_k, top_k
-from fedjax_peft.links.weighing import Weighed, weigh
+from fedjax_peft.links.weighing import Counted, Weighed, count, weigh
 
 __all__ = [
+  "Counted",
   "Weighed",
   "clip",
+  "count",
   "error_feedback",
   "fixed_point",
   "int4",

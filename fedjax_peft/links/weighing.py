@@ -1,5 +1,8 @@
 """Weighing: a client counts as much as it has examples.
 
+`weigh` multiplies by the weight, for sums; `count` only says it, for reductions
+that are not linear.
+
 The weight travels with the message as an integer, so a mask or a modulus at
 the right of this link protects it too, and the mean is exact in the weights.
 """
@@ -91,3 +94,54 @@ def weigh(
     receive_on="sum",
     factored=True,
   )
+
+
+class Counted(NamedTuple):
+  """A message, and how many examples stand behind it.
+
+  Attributes:
+    message: pytree, as it is.
+    weight: int32 scalar.
+  """
+
+  message: Any
+  weight: Any
+
+
+def count(*, max_weight: int | None = None) -> link.Link:
+  """Says how many examples stand behind a message, and leaves it as it is.
+
+  Args:
+    max_weight: larger counts are cut to this.
+
+  Returns:
+    A link with `receive_on="each"`, for the start of a chain into a reduction
+    that weighs by itself (products of adapters).
+
+  Raises:
+    ValueError: if `max_weight` is below 1.
+  """
+  if max_weight is not None:
+    validate.at_least(1, max_weight=max_weight)
+
+  def send(message, ctx):
+    weight = ctx.weight.astype(jnp.int32)
+    if max_weight is not None:
+      weight = jnp.minimum(weight, max_weight)
+    return Counted(message, weight), {}
+
+  made = link.stateless(link.COUNT, send, receive_on="each")
+
+  def after(spec):
+    most = math.inf if max_weight is None else max_weight
+    integers = max(spec.integer_bound, most)
+    return made.after(spec)._replace(integer_bound=integers)
+
+  return made._replace(after=after)
+
+
+def default(weighs: Literal["link", "count", "never"]) -> link.Link:
+  """The uplink of a reduction for which none was given."""
+  if weighs == "never":
+    return link.chain()
+  return count() if weighs == "count" else weigh()

@@ -10,6 +10,7 @@ from fedjax_peft.peft.adapter import Adapter, count
 from fedjax_peft.peft.frozen import FrozenLinear, freeze
 from fedjax_peft.peft.lowrank import LoRA, lora, merged
 from fedjax_peft.peft.partition import Graph, Split, merge, split
+from fedjax_peft.peft.residual import fold, is_residual, strip
 from fedjax_peft.peft.tuning import tune
 
 __all__ = [
@@ -19,10 +20,13 @@ __all__ = [
   "LoRA",
   "Split",
   "count",
+  "fold",
   "freeze",
+  "is_residual",
   "lora",
   "merge",
   "merged",
   "split",
+  "strip",
   "tune",
 ]

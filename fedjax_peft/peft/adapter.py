@@ -27,6 +27,10 @@ class Adapter(nnx.Param):
   """
 
 
+class Residual(Adapter):
+  """An Adapter that no client trains: its receiver alone changes it."""
+
+
 def join(path: Iterable) -> str:
   """Name of a path: its parts joined by "/".
 

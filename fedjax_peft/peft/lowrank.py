@@ -77,16 +77,21 @@ class LoRA(nnx.Module):
     lora_base: the layer it wraps.
     lora_a: Adapter, float32 [stack, K, R]; K = the layer's inputs.
     lora_b: Adapter, float32 [stack, R, F]; F = the layer's outputs.
+    lora_residual: Residual, float32 [stack, K, F], added to the kernel, or
+      None.
     scale: alpha / rank.
     contraction: how the layer's kernel meets its input.
   A stack axis (layers of a deep model under a scan) is gone by the time the
   layer is called.
   """
 
-  def __init__(self, base, a, b, scale, contraction):
+  def __init__(self, base, a, b, scale, contraction, residual=None):
     self.lora_base = base
     self.lora_a = adapter.Adapter(a)
     self.lora_b = adapter.Adapter(b)
+    self.lora_residual = nnx.data(None)
+    if residual is not None:
+      self.lora_residual = adapter.Residual(residual)
     self.scale = scale
     self.contraction = contraction
 
@@ -95,6 +100,10 @@ class LoRA(nnx.Module):
     y = self.lora_base(x, *args, **options)
     x = self.contraction.flatten(x)
     side = side_product(self.scale, x, self.lora_a[...], self.lora_b[...])
+    if self.lora_residual is not None:
+      fixed = jax.lax.stop_gradient(self.lora_residual[...])
+      more = x.astype(jnp.float32) @ fixed
+      side = side + jnp.where(more == 0, -0.0, more)
     return y + self.contraction.unflatten(side).astype(y.dtype)
 
 
@@ -104,6 +113,7 @@ def lora(
   where: str = r".*/(query|value)",
   *,
   alpha: float | None = None,
+  residual: bool = False,
   seed: int = 0,
 ) -> nnx.Module:
   """Puts a low-rank adapter beside every matched layer.
@@ -121,6 +131,9 @@ def lora(
       Layers: nnx.Linear, nnx.LinearGeneral (without batch_axis), nnx.Einsum
       (one contraction); the projections of nnx.MultiHeadAttention are such.
     alpha: the adapter's output is scaled by alpha / rank; None is 2 * rank.
+    residual: also give each layer a residual, zero [K, F], which no client
+      trains: rules that aggregate products exactly keep there what factors
+      cannot say.
     seed: of the adapters' initial values.
 
   Returns:
@@ -158,7 +171,11 @@ def lora(
     layer_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     a = jax.random.normal(layer_key, (*stack, shape.rows, rank), jnp.float32)
     b = jnp.zeros((*stack, rank, shape.columns), jnp.float32)
-    return LoRA(node, a / math.sqrt(shape.rows), b, alpha / rank, shape)
+    side = None
+    if residual:
+      side = jnp.zeros((*stack, shape.rows, shape.columns), jnp.float32)
+    a = a / math.sqrt(shape.rows)
+    return LoRA(node, a, b, alpha / rank, shape, side)
 
   return adapter.replace(module, wrap)
 
@@ -218,6 +235,8 @@ def merged(module: nnx.Module) -> nnx.Module:
       return node
     layer = node.lora_base
     delta = node.scale * (node.lora_a[...] @ node.lora_b[...])
+    if node.lora_residual is not None:
+      delta = delta + node.lora_residual[...]
     old = layer.kernel[...]
     new = old.astype(jnp.float32) + node.contraction.kernel(delta)
     # A new Variable: another layer that shares the old one keeps its own.

@@ -1,0 +1,401 @@
+"""The rules of the literature, each a few lines of its formula.
+
+Factors of client i are A_i and B_i, p_i its share of the examples, A and B what
+it was sent, s the common scale alpha / rank. A client of a lower rank than the
+adapter's trains its first columns of A and rows of B; the others are zero.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_peft import validate
+from fedjax_peft.rules import heard as heard_lib
+from fedjax_peft.rules import product
+from fedjax_peft.rules.rule import Rule, recombine
+
+
+def fedit() -> Rule:
+  """Averages both factors (Zhang et al., 2023, arXiv 2305.05644).
+
+  The mean of products is not the product of means: it leaves out the
+  covariance of the factors, sum p_i (A_i - A)(B_i - B).
+  """
+  return Rule(
+    name="fedit",
+    formula="A <- sum p_i A_i, B <- sum p_i B_i",
+    source="Zhang et al., 2023, arXiv 2305.05644",
+    up="R (K + F)",
+    down="R (K + F)",
+    exact=False,
+    gauge_invariant=False,
+    heterogeneous_rank=True,
+    linear=True,
+  )
+
+
+def ffa() -> Rule:
+  """Trains and averages B alone (Sun et al., ICLR 2024, arXiv 2403.12313)."""
+  return Rule(
+    name="ffa",
+    formula="A stays as it was drawn, B <- sum p_i B_i",
+    source="Sun et al., 2024, arXiv 2403.12313",
+    up="R F",
+    down="R F",
+    exact=True,
+    gauge_invariant=True,
+    heterogeneous_rank=False,
+    linear=True,
+    placement={".*/lora_a": "frozen"},
+  )
+
+
+def fedsa() -> Rule:
+  """Averages A, each client keeps its B (Guo et al., arXiv 2410.01463)."""
+  return Rule(
+    name="fedsa",
+    formula="A <- sum p_i A_i; B_i stays with client i",
+    source="Guo et al., 2025, arXiv 2410.01463",
+    up="R K",
+    down="R K",
+    exact=False,
+    gauge_invariant=False,
+    heterogeneous_rank=False,
+    linear=True,
+    placement={".*/lora_b": "device"},
+  )
+
+
+def rolora() -> Rule:
+  """Trains B in one round, A in the next (Chen et al., arXiv 2409.02346)."""
+
+  def active(name, now):
+    is_a, is_b = name.endswith("/lora_a"), name.endswith("/lora_b")
+    if not (is_a or is_b):
+      return True
+    return (now.round % 2 == 0) == is_b
+
+  return Rule(
+    name="rolora",
+    formula="odd rounds: B <- sum p_i B_i, even rounds: A <- sum p_i A_i",
+    source="Chen et al., 2025, arXiv 2409.02346",
+    up="R F, then R K",
+    down="R F, then R K",
+    exact=True,
+    gauge_invariant=True,
+    heterogeneous_rank=False,
+    linear=True,
+    active=active,
+  )
+
+
+def flora(*, seed: int = 0) -> Rule:
+  """Adds the mean product to the layer, and starts anew (arXiv 2409.05976).
+
+  Args:
+    seed: of the factors A that clients start from in every round.
+  """
+
+  def server(pairs):
+    def step(pair, params, heard, count):
+      a, b = params[pair.a], params[pair.b]
+      total = heard_lib.mean_product(heard, pair, params)
+      key = jax.random.fold_in(jax.random.key(seed), count)
+      key = jax.random.fold_in(key, zlib.crc32(pair.layer.encode()))
+      fresh = jax.random.normal(key, a.shape) / jnp.sqrt(a.shape[-2])
+      residual = params[pair.residual] + pair.scale * product.expand(total)
+      return {pair.a: fresh, pair.b: 0 * b, pair.residual: residual}
+
+    return recombine(pairs, step)
+
+  return Rule(
+    name="flora",
+    formula="W <- W + s sum p_i A_i B_i; A drawn anew, B <- 0",
+    source="Wang et al., 2024, arXiv 2409.05976",
+    up="R (K + F)",
+    down="min(C R (K + F), K F)",
+    exact=True,
+    gauge_invariant=True,
+    heterogeneous_rank=True,
+    linear=False,
+    rebases=True,
+    residual=True,
+    server=server,
+  )
+
+
+def flexlora() -> Rule:
+  """The best adapter of rank R for the mean product (arXiv 2402.11505)."""
+
+  def server(pairs):
+    def step(pair, params, heard, count):
+      total = heard_lib.mean_product(heard, pair, params)
+      return _factors(pair, product.svd(total, params[pair.a].shape[-1]))
+
+    return recombine(pairs, step)
+
+  return Rule(
+    name="flexlora",
+    formula="U S V^T = svd(sum p_i A_i B_i): A <- U_R, B <- S_R V_R^T",
+    source="Bai et al., 2024, arXiv 2402.11505",
+    up="R (K + F)",
+    down="R (K + F)",
+    exact=False,
+    gauge_invariant=True,
+    heterogeneous_rank=True,
+    linear=False,
+    rebases=True,
+    server=server,
+  )
+
+
+def hetlora() -> Rule:
+  """Zero-padded factors, weighed by their size (Cho et al., arXiv 2401.06432).
+
+  A client counts as the Frobenius norm of its product, over all layers.
+  """
+
+  def server(pairs):
+    def step(pair, params, heard, count):
+      del count
+      size = jnp.zeros(heard.weights.shape)
+      for p in pairs:
+        a = params[p.a] - heard.rows[p.a]
+        b = params[p.b] - heard.rows[p.b]
+        norms = jax.vmap(lambda a, b: product.norm(product.Stack(a, b)))(a, b)
+        size += jnp.sum(jnp.square(norms).reshape(size.size, -1), -1)
+      # Where nobody has moved from B = 0 there is nothing to tell them apart.
+      size = jnp.where(heard.weights > 0, jnp.sqrt(size), 0)
+      share = jnp.where(jnp.sum(size) > 0, size, heard.weights)
+      share = share / jnp.maximum(jnp.sum(share), jnp.finfo(jnp.float32).tiny)
+      return {
+        name: params[name] - jnp.tensordot(share, heard.rows[name], 1)
+        for name in (pair.a, pair.b)
+      }
+
+    return recombine(pairs, step)
+
+  return Rule(
+    name="hetlora",
+    formula="A <- sum q_i A_i, B <- sum q_i B_i, q_i ~ |A_i B_i|",
+    source="Cho et al., 2024, arXiv 2401.06432",
+    up="R_i (K + F)",
+    down="R_i (K + F)",
+    exact=False,
+    gauge_invariant=False,
+    heterogeneous_rank=True,
+    linear=False,
+    server=server,
+    one_by_one=True,
+  )
+
+
+def fedex(rank: int | None = None) -> Rule:
+  """FedIT, and what it leaves out goes into the layer (arXiv 2410.09432).
+
+  Args:
+    rank: keep the best approximation of this rank of what is left out; None
+      keeps all of it, which is exact.
+  """
+  if rank is not None:
+    validate.at_least(1, rank=rank)
+
+  def server(pairs):
+    def step(pair, params, heard, count):
+      del count
+      left_out = heard_lib.covariance(heard, pair)
+      if rank is not None:
+        u, s, v = product.svd(left_out, rank)
+        left_out = product.Stack(u * s[..., None, :], v)
+      more = pair.scale * product.expand(left_out)
+      return {pair.residual: params[pair.residual] + more}
+
+    return recombine(pairs, step)
+
+  cut = "" if rank is None else f", cut to rank {rank}"
+  return Rule(
+    name="fedex" if rank is None else f"fedex({rank})",
+    formula="as fedit, and W <- W + s sum p_i (A_i - A)(B_i - B)" + cut,
+    source="Singhal et al., 2025, arXiv 2410.09432",
+    up="R (K + F)",
+    down="R (K + F) + min(C R (K + F), K F)"
+    if rank is None
+    else f"(R + {rank}) (K + F)",
+    exact=rank is None,
+    # A, B themselves are FedIT's; the model that they and W make is not.
+    gauge_invariant=rank is None,
+    heterogeneous_rank=True,
+    linear=False,
+    residual=True,
+    server=server,
+  )
+
+
+def fair(strength: float = 0.01, *, steps: int = 0, rate: float = 0.1) -> Rule:
+  """FedIT, with B corrected for what it leaves out (arXiv 2411.14961).
+
+  Args:
+    strength: lambda >= 0, weight of the size of the correction.
+    steps: 0 solves the least squares problem in closed form; else so many
+      steps of gradient descent on the paper's cosine dissimilarity.
+    rate: learning rate of these steps, relative to the size of B.
+  """
+  if strength < 0:
+    raise ValueError(f"strength must not be negative: got {strength=}")
+
+  def solve(a, residual):
+    R = a.shape[-1]
+    gram = _matmul(jnp.swapaxes(a, -1, -2), a) + strength * jnp.eye(R)
+    seen = _project(a, residual)
+    # A mean of factors may have lost rank: least squares of least norm.
+    return _matmul(jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True), seen)
+
+  def descend(a, b, residual):
+    target = product.expand(residual) + _matmul(a, b)
+    size = jnp.sqrt(jnp.sum(jnp.square(b), (-2, -1), keepdims=True))
+
+    def cost(change):
+      made = _matmul(a, b + change)
+      dot = jnp.sum(made * target, (-2, -1))
+      lengths = _length(made) * _length(target)
+      cosine = dot / jnp.where(lengths > 0, lengths, 1)
+      return jnp.sum(1 - cosine + strength * _length(change))
+
+    def one(_, change):
+      return change - rate * size * size * jax.grad(cost)(change)
+
+    return jax.lax.fori_loop(0, steps, one, jnp.zeros_like(b))
+
+  def server(pairs):
+    def step(pair, params, heard, count):
+      del count
+      a = params[pair.a] - heard.mean[pair.a]
+      b = params[pair.b] - heard.mean[pair.b]
+      left_out = heard_lib.covariance(heard, pair)
+      change = descend(a, b, left_out) if steps else solve(a, left_out)
+      return {pair.b: b + change}
+
+    return recombine(pairs, step)
+
+  return Rule(
+    name="fair" if not steps else "fair_iterative",
+    formula="A <- mean A, B <- mean B + argmin_D |cov - A D|^2 + lambda |D|^2"
+    if not steps
+    else "A <- mean A, B <- mean B + D, D by descent on 1 - cos + lambda |D|",
+    source="Bian et al., 2025, arXiv 2411.14961",
+    up="R (K + F)",
+    down="R (K + F)",
+    exact=False,
+    gauge_invariant=False,
+    heterogeneous_rank=True,
+    linear=False,
+    server=server,
+  )
+
+
+def fedsvd(every: int = 1) -> Rule:
+  """FFA whose A is drawn anew from the adapter itself (arXiv 2505.12805).
+
+  Args:
+    every: rounds between two refactorings A B = U S V^T, A <- U, B <- S V^T,
+      which change nothing but the factors.
+  """
+  validate.at_least(1, every=every)
+
+  def server(pairs):
+    def step(pair, params, message, count):
+      a, b = params[pair.a], params[pair.b] - message[pair.b]
+      found = product.svd(product.Stack(a, b), a.shape[-1])
+      due = (count + 1) % every == 0
+      # Columns of a zero adapter would be arbitrary: keep the old ones.
+      due &= jnp.any(b != 0)
+      return {
+        k: jnp.where(due, v, old)
+        for (k, v), old in zip(
+          _factors(pair, found).items(), (a, b), strict=True
+        )
+      }
+
+    return recombine(pairs, step)
+
+  return Rule(
+    name="fedsvd",
+    formula="B <- sum p_i B_i; then U S V^T = A B: A <- U, B <- S V^T",
+    source="Lee et al., 2025, arXiv 2505.12805",
+    up="R F",
+    down="R F, with the new A R (K + F)",
+    exact=True,
+    gauge_invariant=True,
+    heterogeneous_rank=False,
+    linear=True,
+    rebases=True,
+    placement={".*/lora_a": "served"},
+    server=server,
+  )
+
+
+def fedrot() -> Rule:
+  """Turns each client's factors towards the sent ones, then averages.
+
+  Q_i is the rotation that minimizes |A_i Q - A|^2 + |Q^T B_i - B|^2
+  (orthogonal Procrustes); the product of a client is not changed by it.
+  """
+
+  def server(pairs):
+    def step(pair, params, heard, count):
+      del count
+      a, b = params[pair.a], params[pair.b]
+
+      def turned(da, db):
+        mine_a, mine_b = a - da, b - db
+        across = _matmul(jnp.swapaxes(mine_a, -1, -2), a)
+        across += _matmul(mine_b, jnp.swapaxes(b, -1, -2))
+        q = product.nearest_rotation(across)
+        return _matmul(mine_a, q), _matmul(jnp.swapaxes(q, -1, -2), mine_b)
+
+      rows = jax.vmap(turned)(heard.rows[pair.a], heard.rows[pair.b])
+      new = [jnp.tensordot(heard.weights, x, 1) for x in rows]
+      return dict(zip((pair.a, pair.b), new, strict=True))
+
+    return recombine(pairs, step)
+
+  return Rule(
+    name="fedrot",
+    formula="A <- sum p_i A_i Q_i, B <- sum p_i Q_i^T B_i, Q_i by Procrustes",
+    source="FedRot-LoRA, 2026",
+    up="R (K + F)",
+    down="R (K + F)",
+    exact=False,
+    gauge_invariant="rotations",
+    heterogeneous_rank=False,
+    linear=False,
+    server=server,
+    one_by_one=True,
+  )
+
+
+def _factors(pair, found):
+  """Factors of a product from its singular triples, all of S on B."""
+  left, values, right = found
+  return {pair.a: left, pair.b: values[..., None] * right}
+
+
+def _project(a, residual):
+  """A^T times a product."""
+  at = jnp.swapaxes(a, -1, -2)
+  if isinstance(residual, product.Dense):
+    return _matmul(at, residual.matrix)
+  return _matmul(_matmul(at, residual.left), residual.right)
+
+
+def _length(x):
+  """Frobenius norm [...], with a gradient of zero at zero."""
+  square = jnp.sum(jnp.square(x), (-2, -1))
+  safe = jnp.where(square > 0, square, 1)
+  return jnp.where(square > 0, jnp.sqrt(safe), 0)
+
+
+def _matmul(a, b):
+  """A product in full float32."""
+  return jnp.matmul(a, b, precision="highest")

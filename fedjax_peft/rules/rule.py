@@ -1,0 +1,197 @@
+"""Rules: how what clients make of their adapters becomes one adapter.
+
+A rule says which factors are trained and sent, and what the server makes of
+them. It declares what it is, and property tests prove every declaration. All
+are written from their formulas in this library's orientation, y = x W + s x A B
+with A [K, R] and B [R, F] (the papers' A and B transposed).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_peft import objective
+from fedjax_peft import reduce as reduce_lib
+from fedjax_peft.peft import adapter, lowrank
+from fedjax_peft.rules import heard as heard_lib
+
+Pairs = tuple[heard_lib.Pair, ...]
+
+
+class Rule(NamedTuple):
+  """A way to aggregate low-rank adapters; see `fedjax_peft.rules`.
+
+  Attributes:
+    name: as in `fp.explain(name)`.
+    formula: what the server does, in one line.
+    source: paper.
+    up: floats that a client sends for an adapter.
+    down: floats that it is told.
+    exact: the model after a round is the weighted mean of the clients' models
+      (of what the rule lets them train).
+    gauge_invariant: nothing changes when a client reports (A G, G^-1 B) in
+      place of (A, B), for any invertible G, or for rotations only.
+    heterogeneous_rank: clients may have a trait `rank`.
+    linear: works under a secure sum.
+    rebases: factors mean something else after a round, so that nothing that
+      remembers them (momentum, error feedback) may be used.
+    placement: where leaves live, {regex: label}.
+    active: (path, Moment) -> whether a factor is trained in a step; None: yes.
+    residual: needs `lora(..., residual=True)`.
+    server: (pairs) -> transformation of what was heard into a descent
+      direction; None applies the mean.
+    one_by_one: needs every client's factors.
+  """
+
+  name: str
+  formula: str
+  source: str
+  up: str
+  down: str
+  exact: bool
+  gauge_invariant: bool | Literal["rotations"]
+  heterogeneous_rank: bool
+  linear: bool
+  rebases: bool = False
+  placement: Mapping[str, str] = {}
+  active: Callable | None = None
+  residual: bool = False
+  server: Callable[[Pairs], optax.GradientTransformation] | None = None
+  one_by_one: bool = False
+
+
+def pairs_of(module) -> Pairs:
+  """The low-rank adapters of a module, by layer."""
+  found = adapter.find(module, lowrank.LoRA)
+  return tuple(
+    heard_lib.Pair(adapter.join(path), float(node.scale))
+    for path, (node, _) in found.items()
+  )
+
+
+class Bound(NamedTuple):
+  """A rule and the adapters of a model that it is for.
+
+  Attributes:
+    rule: the rule.
+    pairs: the adapters.
+    reduce: how reports become one.
+    server: transformation of what was heard; None applies the mean.
+  """
+
+  rule: Rule
+  pairs: Pairs
+  reduce: reduce_lib.Reduce
+  server: optax.GradientTransformation | None
+
+
+def bind(rule: Rule, model: objective.Model, *, watch: bool = False) -> Bound:
+  """Checks that a rule can aggregate a model's adapters.
+
+  Args:
+    rule: the rule.
+    model: whose adapters it is for.
+    watch: whether diagnostics need to know more than the rule does.
+
+  Raises:
+    ValueError: if the model has no low-rank adapter, or the rule needs a
+      residual that its layers do not have.
+  """
+  pairs = pairs_of(model.origin)
+  if not pairs:
+    raise ValueError(
+      f"rule '{rule.name}' aggregates low-rank adapters and the model has "
+      "none; put them in with peft.lora(module, rank=8, where=...)"
+    )
+  without = [p.layer for p in pairs if p.residual not in model.params]
+  if rule.residual and without:
+    raise ValueError(
+      f"rule '{rule.name}' moves the layers themselves, but '{without[0]}' has "
+      "no residual; build the adapters with peft.lora(..., residual=True)"
+    )
+  if rule.linear and not watch:
+    server = None if rule.server is None else rule.server(pairs)
+    return Bound(rule, pairs, reduce_lib.sum(), server)
+  reduce = heard_lib.hear(pairs, one_by_one=rule.one_by_one)
+  reduce = reduce._replace(name=rule.name)
+  server = mean_only() if rule.server is None else rule.server(pairs)
+  return Bound(rule, pairs, reduce, server)
+
+
+def mean_only() -> optax.GradientTransformation:
+  """Applies the mean of what was heard, as a plain sum would."""
+  return optax.stateless(lambda heard, params: means(heard))
+
+
+def means(message: Any) -> dict[str, jax.Array]:
+  """{path: mean delta} of a `Heard`, or the message itself."""
+  return message.mean if isinstance(message, heard_lib.Heard) else message
+
+
+class Rounds(NamedTuple):
+  """State of a rule's server: int32 scalar, rounds applied."""
+
+  applied: jax.Array
+
+
+def recombine(
+  pairs: Pairs, step: Callable[[heard_lib.Pair, dict, Any, jax.Array], dict]
+) -> optax.GradientTransformation:
+  """A server that makes new factors out of what it heard.
+
+  Args:
+    pairs: the adapters; every other leaf gets its mean delta.
+    step: (pair, params, heard, count) -> {path: new value}.
+
+  Returns:
+    A transformation whose updates are params - new, a descent direction.
+  """
+
+  def init(params):
+    del params
+    return Rounds(jnp.zeros((), jnp.int32))
+
+  def update(heard, state, params):
+    mean = means(heard)
+    down = {k: mean.get(k, jnp.zeros_like(v)) for k, v in params.items()}
+    for pair in pairs:
+      new = step(pair, params, heard, state.applied)
+      down |= {k: params[k] - v for k, v in new.items()}
+    return down, Rounds(state.applied + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def compact(rule: Rule, pairs: Pairs) -> Callable:
+  """What has to cross the uplink: `Work.compact` under a rule."""
+
+  def one(spec, traits, round):
+    spec = dict(spec)
+    for pair in pairs:
+      for name, axis in ((pair.a, -1), (pair.b, -2)):
+        if name not in spec:
+          continue
+        if rule.active is not None and not rule.active(name, _When(round)):
+          del spec[name]
+          continue
+        if "rank" in traits:
+          spec[name] = _cut(spec[name], axis, int(traits["rank"]))
+    return spec
+
+  return one
+
+
+class _When(NamedTuple):
+  """The part of a `work.Moment` that a host knows."""
+
+  round: int
+
+
+def _cut(spec, axis, size):
+  """A shape with an axis cut to a size."""
+  shape = list(spec.shape)
+  shape[axis] = min(shape[axis], size)
+  return jax.ShapeDtypeStruct(tuple(shape), spec.dtype)
