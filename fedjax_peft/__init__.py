@@ -54,6 +54,7 @@ _PUBLIC = {
   ),
   "objective": ("Model", "model"),
   "reduce": ("Reduce",),
+  "rules.cards": ("explain",),
   "rounds": ("Outcome", "State"),
   "runner": ("Record", "run"),
   "sampling": ("Sampler",),
@@ -80,6 +81,7 @@ _MODULES = {
   "models": "models",
   "peft": "peft",
   "reduce": "reduce",
+  "rules": "rules",
   "sample": "sampling",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

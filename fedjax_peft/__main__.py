@@ -105,6 +105,17 @@ def _models(options: argparse.Namespace, alone: bool) -> int:
   return _prepare(options.names, models.names(), models.prepare, "model")
 
 
+def _methods(options: argparse.Namespace, alone: bool) -> int:
+  """fedjax-peft methods."""
+  from fedjax_peft import rules
+
+  if options.name:
+    print(rules.explain(options.name))
+  else:
+    print(rules.table())
+  return 0
+
+
 def _prepare(names, known, prepare, what) -> int:
   """Gets what is named, after all names were checked."""
   for name in names:
@@ -197,6 +208,14 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("names", nargs="+", metavar="NAME")
     one.set_defaults(run=run)
     _traceback(one)
+  methods = commands.add_parser(
+    "methods", help="how adapters are aggregated: what each rule does and sends"
+  )
+  methods.add_argument(
+    "name", nargs="?", metavar="NAME", help="explain one rule"
+  )
+  methods.set_defaults(run=_methods)
+  _traceback(methods)
   return parser
 
 

@@ -29,7 +29,8 @@ class Algorithm(NamedTuple):
     absorb: (Common, shared, Flight, slots [W]) -> Flight; folds what the
       flight's buffer holds into its sums.
     finish: (state, Common, Flight, cohort, *, whole) -> (state, Outcome).
-    bytes: (cohort) -> {name: bytes of one message at each boundary}.
+    bytes: (cohort, *, traits, round) -> {name: bytes of one message at each
+      boundary}, for a client with these traits.
     work: what clients do.
     tiers: the receivers, lowest first.
     specialize: (data) -> (Algorithm, note): the same algorithm in the form

@@ -11,6 +11,7 @@ from fedjax_peft import (
   hierarchy,
   link,
   objective,
+  rules,
   work,
 )
 
@@ -25,6 +26,9 @@ def fedavg(
   placement: Mapping[str, str] | None = None,
   proximal: float = 0.0,
   lowrank: bool | None = None,
+  rule: rules.Rule | None = None,
+  ranks: bool = False,
+  watch: bool = False,
 ) -> algorithm.Algorithm:
   """Federated averaging (McMahan et al., 2017, arXiv 1602.05629).
 
@@ -39,7 +43,29 @@ def fedavg(
     lowrank: compute on shared weights where the local steps are plain SGD on
       Linear layers (see `factored`). None does so when it applies and pays,
       True insists, False never does.
+    rule: how low-rank adapters are aggregated; None averages every leaf.
+    ranks: clients have ranks of their own, their trait `rank`: each trains the
+      first columns of A and rows of B.
+    watch: write diagnostics of the aggregation into the record. Where the rule
+      is linear, the server then hears more than a sum: no masks.
+
+  Raises:
+    ValueError: if the rule and what it is put together with do not fit.
   """
+  if rule is not None or ranks or watch:
+    rule = rules.fedit() if rule is None else rule
+    return _ruled(
+      model,
+      local,
+      rule,
+      ranks=ranks,
+      watch=watch,
+      server=server,
+      uplink=uplink,
+      downlink=downlink,
+      placement=placement,
+      proximal=proximal,
+    )
   job = work.train(model, local, rules=placement, proximal=proximal)
   cloud = hierarchy.tier("cloud", link=uplink, server=server, down=downlink)
   general = algorithm.federated(job, [cloud])
@@ -62,6 +88,47 @@ def fedavg(
     return general, f"every client its own weights: {reason}"
 
   return general._replace(specialize=specialize)
+
+
+def _ruled(
+  model,
+  local,
+  rule,
+  *,
+  ranks,
+  watch,
+  server,
+  uplink,
+  downlink,
+  placement,
+  proximal,
+):
+  """Federated averaging with a rule for low-rank adapters."""
+  bound = rules.bind(rule, model, watch=watch)
+  rules.check(rule, server, uplink, ranks)
+  job = work.train(
+    model,
+    local,
+    rules={**(placement or {}), **rule.placement},
+    proximal=proximal,
+    active=rule.active,
+  )
+  job = rules.compacted(job, bound)
+  if ranks:
+    job = rules.ranked(job, bound)
+  apply = optax.sgd(1.0) if server is None else server
+  if bound.server is not None:
+    apply = optax.chain(bound.server, apply)
+  cloud = hierarchy.tier(
+    "cloud",
+    link=uplink,
+    reduce=bound.reduce,
+    server=apply,
+    down=downlink,
+    news=rules.news(rule, bound.pairs),
+    watch=rules.watch(bound.pairs) if watch else None,
+  )
+  return algorithm.federated(job, [cloud])
 
 
 def fedprox(

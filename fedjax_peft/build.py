@@ -4,6 +4,7 @@ Whatever a config asks for is checked here, before anything is compiled: names
 and options against the functions they stand for, with the near names.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from fedjax_peft import (
   objective,
   peft,
   rounds,
+  rules,
   sampling,
   schema,
   validate,
@@ -76,7 +78,9 @@ def build(run: schema.Config) -> Parts:
   """
   options = {k: v for k, v in run.data.items() if k != "name"}
   population = data.load(run.data["name"], **{"seed": run.seed, **options})
-  model = _model(run, population)
+  population = _ranks(run, population)
+  rule = _rule(run)
+  model = _model(run, population, residual=rule is not None and rule.residual)
   how = work.local(
     _rates(run),
     batch=run.client.batch,
@@ -93,6 +97,9 @@ def build(run: schema.Config) -> Parts:
     downlink=_chain(run.downlink, "downlink"),
     placement=run.placement,
     proximal=run.client.proximal,
+    rule=rule,
+    ranks=bool(run.aggregate.ranks),
+    watch=run.aggregate.watch,
   )
   if made.specialize is not None:
     made, _ = made.specialize(population)
@@ -120,7 +127,45 @@ def settings(run: schema.Config, parts: Parts) -> settings_lib.Settings:
   )
 
 
-def _model(run: schema.Config, population: data.Population) -> objective.Model:
+def _rule(run: schema.Config) -> rules.Rule | None:
+  """How adapters are aggregated."""
+  table = run.aggregate.rule
+  if not table:
+    return None
+  where = "aggregate.rule"
+  if "method" not in table:
+    raise ValueError(
+      f'{where} must name a method: got {table}; write {{method="fedit"}}'
+    )
+  factory, rest = _named(rules.RULES, table, "method", where)
+  return config.call(factory, rest, where)
+
+
+def _ranks(run: schema.Config, population: data.Population) -> data.Population:
+  """Gives every client a rank, in the shares that the config says."""
+  shares = run.aggregate.ranks
+  if not shares:
+    return population
+  good = all(
+    str(k).isdecimal() and int(k) > 0 and isinstance(v, int | float) and v >= 0
+    for k, v in shares.items()
+  )
+  if not good or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+    raise ValueError(
+      "aggregate.ranks must be shares of the clients that sum to one, by rank: "
+      f"got {dict(shares)}; write {{4 = 0.5, 8 = 0.5}}"
+    )
+  rng = np.random.default_rng([run.seed, 4])
+  edges = np.cumsum([0, *shares.values()])
+  place = rng.permutation(len(population)) / len(population)
+  which = np.searchsorted(edges, place, side="right") - 1
+  which = np.minimum(which, len(shares) - 1)
+  return population.with_traits(rank=np.array([int(k) for k in shares])[which])
+
+
+def _model(
+  run: schema.Config, population: data.Population, *, residual: bool
+) -> objective.Model:
   """The module with its adapters and its loss."""
   name, classes = run.model.loss, len(population.classes)
   if name == "auto":
@@ -140,6 +185,8 @@ def _model(run: schema.Config, population: data.Population) -> objective.Model:
     given: dict[str, Any] = {"module": module}
     if table["method"] == "lora" and "seed" not in rest:
       given["seed"] = run.seed
+    if residual and table["method"] == "lora":
+      rest = {"residual": True, **rest}
     module = config.call(method, rest, where, **given)
   loss = getattr(losses, name)
   return objective.model(module, loss, precision=run.execution.precision)

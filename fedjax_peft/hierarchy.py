@@ -31,6 +31,10 @@ class Tier(NamedTuple):
     server: optax optimizer that applies the reduced message.
     period: rounds of the tier below between two of its reports.
     down: what the model crosses on its way to the senders.
+    news: (specs, senders, round) -> specs of what has to be told after a round,
+      where that is less than all leaves; for the count of bytes.
+    watch: (message, params) -> {name: scalar}, what the record says of a
+      reduced message.
   """
 
   name: str
@@ -40,6 +44,8 @@ class Tier(NamedTuple):
   server: optax.GradientTransformation
   period: int
   down: link_lib.Link
+  news: Callable | None = None
+  watch: Callable | None = None
 
 
 def tier(
@@ -51,6 +57,8 @@ def tier(
   server: optax.GradientTransformation | None = None,
   period: int = 1,
   down: link_lib.Link | None = None,
+  news: Callable | None = None,
+  watch: Callable | None = None,
 ) -> Tier:
   """A level of receivers, with the defaults of federated averaging.
 
@@ -63,6 +71,8 @@ def tier(
     server: None applies the message as it is (sgd with rate 1).
     period: how many rounds the tier below works before it reports.
     down: downlink from this tier; None sends the leaves as they are.
+    news: see `Tier`; None tells all leaves.
+    watch: see `Tier`.
 
   Raises:
     ValueError: bad size, period or name, or a link and a reduction that
@@ -80,7 +90,7 @@ def tier(
   link_lib.exchange(link, reduce)
   link_lib.broadcast(down)
   server = optax.sgd(1.0) if server is None else server
-  return Tier(name, size, link, reduce, server, period, down)
+  return Tier(name, size, link, reduce, server, period, down, news, watch)
 
 
 class Node(NamedTuple):
@@ -176,7 +186,9 @@ def tell(at: Boundary, node: Node, key: jax.Array) -> tuple[dict, Node]:
   return received, node._replace(down=down)
 
 
-def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
+def hear(
+  at: Boundary, node: Node, acc: PyTree, weight, roster, key
+) -> tuple[Node, dict[str, jax.Array]]:
   """Applies what every node has heard.
 
   A node that heard nobody keeps its model and its optimizer's state.
@@ -188,6 +200,9 @@ def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
     weight: int32 [E], examples behind them.
     roster: who sent, to whom, and whose wire arrived.
     key: random key of the round and the boundary.
+
+  Returns:
+    (nodes, {name: mean over the nodes that heard anyone}).
   """
 
   def one(acc, params, opt, shared, weight, e):
@@ -199,6 +214,7 @@ def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
     moved = at.pick(params)
     if isinstance(message, dict):  # of what is only served nobody reports
       message = tree.zeros_like(moved) | message
+    stats = at.tier.watch(message, moved) if at.tier.watch else {}
     updates, new_opt = at.tier.server.update(message, opt, moved)
     new = optax.apply_updates(moved, updates)
     heard = weight > 0
@@ -206,9 +222,10 @@ def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
       params | tree.where(heard, new, moved),
       tree.where(heard, new_opt, opt),
       shared,
+      stats,
     )
 
-  params, opt, shared = jax.vmap(one)(
+  params, opt, shared, stats = jax.vmap(one)(
     acc,
     node.params,
     node.opt,
@@ -216,9 +233,13 @@ def hear(at: Boundary, node: Node, acc: PyTree, weight, roster, key) -> Node:
     weight,
     jnp.arange(at.tier.size, dtype=jnp.int32),
   )
-  return node._replace(
+  heard = weight > 0
+  nodes = jnp.maximum(jnp.sum(heard), 1).astype(jnp.float32)
+  stats = {k: jnp.sum(jnp.where(heard, v, 0)) / nodes for k, v in stats.items()}
+  node = node._replace(
     params=params, opt=opt, shared=shared, weight=node.weight + weight
   )
+  return node, stats
 
 
 def report(
@@ -303,13 +324,14 @@ def sync(
   """The tier below reports, the tier above applies it and answers.
 
   Returns:
-    (below, above, stats of the uplink, one entry a sender).
+    (below, above, stats of the uplink, one entry a sender, and of what was
+    heard).
   """
   up, late = jax.random.split(key)
   acc, weight, mine, stats = report(at, below, above, up)
   roster = roster_of(below, above, up)
   roster = roster._replace(arrived=below.weight > 0)
-  above = hear(at, above, acc, weight, roster, up)
+  above, seen = hear(at, above, acc, weight, roster, up)
   received, above = tell(at, above, late)
   parent = parents(below, above)
   received = jax.tree.map(lambda x: x[parent], received)
@@ -319,7 +341,7 @@ def sync(
     mine=mine,
     weight=jnp.zeros_like(below.weight),
   )
-  return below, above, stats
+  return below, above, stats | seen
 
 
 def roster_of(below: Node, above: Node, key: jax.Array) -> link_lib.Roster:

@@ -49,6 +49,13 @@ def seat(
     seed: of the run.
     round: of the run.
   """
+  unknown = sorted(set(job.traits) - set(traits))
+  if unknown:
+    raise ValueError(
+      f"what clients do depends on their trait {unknown[0]!r}, which is not "
+      f"known: the traits are {sorted(traits)}; write "
+      f"data.with_traits({unknown[0]}=[...]), one number for each client"
+    )
   how = job.local
   batches = schedule.batches(
     rows,

@@ -187,6 +187,12 @@ def chain(*links: Link) -> Link:
   each = next((p for p in parts if p.receive_on == "each"), None)
   if each is not None:
     for part in parts[parts.index(each) :]:
+      if part.receive_on == "sum" and each.name == COUNT:
+        raise ValueError(
+          f"'{COUNT}' is for reductions that hear every message alone, but "
+          f"'{part.name}' shows them the sum only; use {_LINEAR}, and weigh() "
+          f"in place of '{COUNT}'"
+        )
       if part.receive_on == "sum":
         raise ValueError(
           f"'{part.name}' works on the sum of all wires, but '{each.name}' at "

@@ -37,7 +37,7 @@ def resolve(
     ValueError: unknown label, a regex without a match, a mutable leaf without
       a rule, or nothing left to train.
   """
-  found = validate.labels(names, rules or {}, [*tiers, DEVICE, FROZEN])
+  found = validate.labels(names, rules or {}, [*tiers, DEVICE, FROZEN, SERVED])
   for name in sorted(mutable):
     if name not in found:
       raise ValueError(

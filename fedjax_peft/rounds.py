@@ -130,12 +130,30 @@ def specs(setup, cohort) -> list[link.Spec]:
   return specs
 
 
-def message_bytes(setup, cohort):
-  """Bytes of one message at each boundary, up and down."""
+def message_bytes(setup, cohort, *, traits=None, round=0):
+  """Bytes of one message at each boundary, up and down.
+
+  Args:
+    setup: of the round.
+    cohort: most senders.
+    traits: {name: number} of the client that sends and is told.
+    round: in which round.
+  """
   sizes = {}
-  for at, spec in zip(setup.boundaries, specs(setup, cohort), strict=True):
-    model = link.Spec(tree.spec(at.pick(setup.job.params)))
-    up, down = at.uplink.link.after(spec), at.tier.down.after(model)
+  for i, (at, spec) in enumerate(
+    zip(setup.boundaries, specs(setup, cohort), strict=True)
+  ):
+    leaves = tree.spec(at.pick(setup.job.params))
+    if at.tier.news is not None:
+      leaves = at.tier.news(leaves, cohort, round)
+    if i == 0:
+      compact = functools.partial(
+        setup.job.compact, traits=traits or {}, round=round
+      )
+      leaves = compact(leaves)
+      spec = spec._replace(message=compact(spec.message))
+    up = at.uplink.link.after(spec)
+    down = at.tier.down.after(link.Spec(leaves))
     sizes[f"{at.tier.name}/up_bytes"] = tree.nbytes(up.message)
     sizes[f"{at.tier.name}/down_bytes"] = tree.nbytes(down.message)
   return sizes
@@ -324,8 +342,9 @@ def finish(setup, state, common, flight, cohort, *, whole=executor.as_it_is):
   weight = jnp.sum(flight.weight, axis=0, dtype=jnp.int32)
   roster = common.roster._replace(arrived=flight.arrived.reshape(-1))
   hear = whole(functools.partial(hierarchy.hear, setup.boundaries[0]))
-  nodes[0] = hear(nodes[0], sums, weight, roster, roster.key)
+  nodes[0], seen = hear(nodes[0], sums, weight, roster, roster.key)
   record, span = {}, 1
+  record |= {f"{setup.boundaries[0].tier.name}/{k}": v for k, v in seen.items()}
   for i, at in enumerate(setup.boundaries[1:], start=1):
     span *= at.tier.period
     due = (state.round + 1) % span == 0

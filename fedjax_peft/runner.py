@@ -1,10 +1,12 @@
 """Running: rounds one after another, as a generator of states and records."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
@@ -90,7 +92,12 @@ def run(
   if not streamed:
     examples = settings_lib.everywhere(examples, settings)
   step = launch.launcher(algorithm, settings)
-  sizes = algorithm.bytes(most)
+
+  @functools.cache
+  def sizes(traits, number):
+    named = dict(zip(algorithm.work.traits, traits, strict=True))
+    return algorithm.bytes(most, traits=named, round=number)
+
   key = jax.random.key(seed)
   nodes = algorithm.tiers[0].size
 
@@ -120,7 +127,7 @@ def run(
       seated = seat(number + 1)
     record = Record(round=number + 1, rounds=rounds)
     record |= {k: float(v) for k, v in outcome.record.items()}
-    record |= _traffic(algorithm, sizes, here, record)
+    record |= _traffic(algorithm, sizes, here, record, number)
     if number == 0:
       record |= {f"start/{k}": v for k, v in start.items()}
     trained = time.perf_counter()
@@ -140,19 +147,29 @@ def run(
     yield state, record
 
 
-def _traffic(algorithm, sizes, cohort, record):
+def _traffic(algorithm, sizes, cohort, record, number):
   """Bytes that crossed each boundary in a round, up and down."""
-  low = algorithm.tiers[0].name
-  clients = int((cohort.weights > 0).sum())
-  up, down = sizes[f"{low}/up_bytes"], sizes[f"{low}/down_bytes"]
-  found = {
-    "up_bytes_client": up,
-    "down_bytes_client": down,
-    f"{low}/up_bytes": up * clients,
-    f"{low}/down_bytes": down * clients,
-  }
+  low, names = algorithm.tiers[0].name, algorithm.work.traits
+  ways = ("up_bytes", "down_bytes")
+  present = cohort.weights > 0
+  # Clients that differ in what they are may differ in what they send.
+  kinds = np.zeros((int(present.sum()), len(names)))
+  for i, name in enumerate(names):
+    kinds[:, i] = cohort.traits[name][present]
+  kinds, counts = np.unique(kinds, axis=0, return_counts=True)
+  when = number % algorithm.work.cycle
+  of_kind = [sizes(tuple(kind.tolist()), when) for kind in kinds]
+  found: dict[str, float] = {}
+  for way in ways:
+    total = sum(
+      int(n) * size[f"{low}/{way}"]
+      for n, size in zip(counts, of_kind, strict=True)
+    )
+    found[f"{way}_client"] = total / max(int(counts.sum()), 1)
+    found[f"{low}/{way}"] = total
   for below, tier in zip(algorithm.tiers, algorithm.tiers[1:], strict=False):
     synced = record[f"{tier.name}/synced"] * below.size
-    for way in ("up_bytes", "down_bytes"):
-      found[f"{tier.name}/{way}"] = int(sizes[f"{tier.name}/{way}"] * synced)
+    for way in ways:
+      one = sizes((0.0,) * len(names), when)[f"{tier.name}/{way}"]
+      found[f"{tier.name}/{way}"] = int(one * synced)
   return found

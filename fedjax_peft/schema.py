@@ -97,6 +97,23 @@ class Server:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Aggregate:
+  """How low-rank adapters of many clients become one."""
+
+  rule: Table = _doc(
+    'a rule of `fedjax-peft methods`, {method="fedex", rank=4} (mean)', {}
+  )
+  ranks: Table = _doc(
+    "share of the clients that have a rank, {4 = 0.5, 8 = 0.5}; drawn with the "
+    "seed (all have the adapters' rank)",
+    {},
+  )
+  watch: bool = _doc(
+    "record the error of averaging factors, ranks and angles", False
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cohort:
   """Who takes part in a round."""
 
@@ -166,6 +183,7 @@ class Config:
   placement: Table = _doc(
     'where leaves live, {"head/.*" = "device"}: cloud, device or frozen', {}
   )
+  aggregate: Aggregate = _section(Aggregate)
   client: Client = _section(Client)
   server: Server = _section(Server)
   cohort: Cohort = _section(Cohort)

@@ -96,6 +96,7 @@ class Work(NamedTuple):
     compact: (spec of the message, traits, round) -> spec of what has to cross
       the uplink: the entries that such a client trains in such a round.
     traits: names of the traits that it reads.
+    cycle: rounds after which `compact` repeats itself.
   """
 
   init: Callable
@@ -109,6 +110,7 @@ class Work(NamedTuple):
   view: Callable = lambda params: params
   compact: Callable = lambda spec, traits, round: spec
   traits: tuple[str, ...] = ()
+  cycle: int = 1
 
   @property
   def rows(self) -> int:
@@ -187,8 +189,12 @@ def train(
   tiers: tuple[str, ...] = ("cloud",),
   proximal: float = 0.0,
   active: Callable[[str, Moment], jax.Array] | None = None,
+  descent: Callable[..., "Slope"] | None = None,
 ) -> Work:
   """Minimizes the model's loss with a local optimizer.
+
+  An optimizer that takes extra arguments gets `sent`, the leaves as they were
+  sent: so a term that ties a client to them is an optax transformation.
 
   Args:
     model: what is trained.
@@ -200,6 +206,8 @@ def train(
       https://arxiv.org/abs/1812.06127).
     active: (path, Moment) -> bool scalar, whether a leaf is trained in a step;
       None trains all in every step.
+    descent: (weights, rest, base, batch, Moment) -> Slope, the direction that a
+      step takes; None is `slope` of the model's loss.
 
   Returns:
     The Work. Its message holds the leaves that leave the device.
@@ -217,35 +225,30 @@ def train(
     return Carry(params, opt, jnp.int32(0), client.traits)
 
   def step(carry, sent, base, batch):
-    still = {k: sent.params[k] for k in unmoved if k in sent.params}
     moved = {k: v for k, v in carry.params.items() if k in model.mutable}
     weights = {k: v for k, v in carry.params.items() if k not in model.mutable}
-
-    def mean_loss(weights):
-      params = still | moved | weights
-      each, metrics, changed = model.loss(
-        params, base, batch.examples, batch.key
-      )
-      total, count = masked_sum(batch.mask, each), jnp.sum(batch.mask)
-      return total / jnp.maximum(count, 1), (total, count, metrics, changed)
-
-    grads, (total, count, metrics, changed) = jax.grad(mean_loss, has_aux=True)(
-      weights
-    )
+    now = Moment(sent.extras["round"], carry.steps, carry.traits)
+    rest = sent.params | moved
+    if descent is None:
+      grads, stats, changed = slope(model, weights, rest, base, batch)
+    else:
+      grads, stats, changed = descent(weights, rest, base, batch, now)
     if proximal:
       grads = {
         k: g + proximal * (weights[k] - sent.params[k]) if k in moving else g
         for k, g in grads.items()
       }
-    now = Moment(sent.extras["round"], carry.steps, carry.traits)
     trained = {k: active(k, now) for k in weights} if active else {}
-    grads = {k: _if(trained.get(k), g, 0 * g) for k, g in grads.items()}
-    optimizer = how.optimizer(sent.extras["round"])
-    updates, opt = optimizer.update(grads, carry.opt, weights)
+    grads = {k: _if(trained.get(k), g, jnp.zeros_like(g)) for k, g in grads.items()}
+    optimizer = optax.with_extra_args_support(
+      how.optimizer(sent.extras["round"])
+    )
+    updates, opt = optimizer.update(
+      grads, carry.opt, weights, sent=sent.params
+    )
     new = optax.apply_updates(weights, updates)
     new = {k: _if(trained.get(k), v, weights[k]) for k, v in new.items()}
     new |= {k: changed[k] for k in changed_names}
-    stats = {"loss": (total, count), **masked_metrics(batch.mask, metrics)}
     return Carry(new, opt, carry.steps + 1, carry.traits), stats
 
   def finish(carry, sent):
@@ -257,6 +260,58 @@ def train(
     return sent._replace(params=params), base
 
   return Work(init, step, finish, model.params, labels, how, prepare=prepare)
+
+
+class Slope(NamedTuple):
+  """Which way a step goes; see `slope`.
+
+  Attributes:
+    grads: {path: array}, of the weights.
+    stats: as in `Work.step`.
+    changed: new values of the leaves that the forward pass changes.
+  """
+
+  grads: dict[str, jax.Array]
+  stats: dict[str, tuple[jax.Array, jax.Array]]
+  changed: dict[str, jax.Array]
+
+
+def slope(
+  model: objective.Model,
+  weights: Mapping[str, jax.Array],
+  rest: Mapping[str, jax.Array],
+  base: PyTree,
+  batch: Batch,
+  *,
+  penalty: Callable[[dict], jax.Array] | None = None,
+) -> Slope:
+  """Gradient of the mean loss over the examples of a batch that are there.
+
+  Args:
+    model: the loss, and names that it knows; others are ignored.
+    weights: what the gradient is taken by.
+    rest: other leaves; where a name is in both, the weight counts.
+    base: frozen weights.
+    batch: of one client.
+    penalty: (params) -> [B], added to the loss, but not to the stats.
+  """
+  count = jnp.sum(batch.mask)
+
+  def mean_loss(weights):
+    params = {**rest, **weights}
+    each, metrics, changed = model.loss(params, base, batch.examples, batch.key)
+    total = masked_sum(batch.mask, each)
+    mean = total / jnp.maximum(count, 1)
+    if penalty is not None:
+      more = masked_sum(batch.mask, penalty(params))
+      mean = mean + more / jnp.maximum(count, 1)
+    return mean, (total, metrics, changed)
+
+  grads, (total, metrics, changed) = jax.grad(mean_loss, has_aux=True)(
+    dict(weights)
+  )
+  stats = {"loss": (total, count), **masked_metrics(batch.mask, metrics)}
+  return Slope(grads, stats, changed)
 
 
 def _if(condition, yes: jax.Array, no: jax.Array) -> jax.Array:

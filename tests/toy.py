@@ -172,6 +172,7 @@ class Player:
       self.algorithm.work,
       self.settings,
       examples=self.examples,
+      traits=self.data.traits,
       nodes=self.algorithm.tiers[0].size,
       seed=seed,
       round=round,

@@ -170,7 +170,9 @@ def covariance(heard: Heard, pair: Pair) -> product.Product:
   a, b = heard.mean[pair.a], heard.mean[pair.b]
   if pair.layer in heard.second:
     return product.Dense(heard.second[pair.layer] - _matmul(a, b))
-  return _stacked(heard, heard.rows[pair.a] - a, heard.rows[pair.b] - b)
+  return _stacked(
+    heard, heard.rows[pair.a] - a[None], heard.rows[pair.b] - b[None]
+  )
 
 
 def mean_product(heard: Heard, pair: Pair, params: dict) -> product.Product:
@@ -179,7 +181,9 @@ def mean_product(heard: Heard, pair: Pair, params: dict) -> product.Product:
   if pair.layer in heard.second:
     new_a, new_b = a - heard.mean[pair.a], b - heard.mean[pair.b]
     return product.add(covariance(heard, pair), product.Stack(new_a, new_b))
-  return _stacked(heard, a - heard.rows[pair.a], b - heard.rows[pair.b])
+  return _stacked(
+    heard, a[None] - heard.rows[pair.a], b[None] - heard.rows[pair.b]
+  )
 
 
 def _stacked(heard, a, b):

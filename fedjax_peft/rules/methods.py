@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fedjax_peft import validate
 from fedjax_peft.rules import heard as heard_lib
 from fedjax_peft.rules import product
-from fedjax_peft.rules.rule import Rule, recombine
+from fedjax_peft.rules.rule import Rule, recombine, terms
 
 
 def fedit() -> Rule:
@@ -44,7 +44,7 @@ def ffa() -> Rule:
     up="R F",
     down="R F",
     exact=True,
-    gauge_invariant=True,
+    gauge_invariant="fixed",
     heterogeneous_rank=False,
     linear=True,
     placement={".*/lora_a": "frozen"},
@@ -83,10 +83,11 @@ def rolora() -> Rule:
     up="R F, then R K",
     down="R F, then R K",
     exact=True,
-    gauge_invariant=True,
+    gauge_invariant="fixed",
     heterogeneous_rank=False,
     linear=True,
     active=active,
+    cycle=2,
   )
 
 
@@ -122,6 +123,12 @@ def flora(*, seed: int = 0) -> Rule:
     rebases=True,
     residual=True,
     server=server,
+    # A follows from the seed and B is zero.
+    told=lambda pair, specs, senders, round: {
+      pair.a: None,
+      pair.b: None,
+      pair.residual: terms(pair, specs, senders * specs[pair.a].shape[-1]),
+    },
   )
 
 
@@ -161,8 +168,8 @@ def hetlora() -> Rule:
       del count
       size = jnp.zeros(heard.weights.shape)
       for p in pairs:
-        a = params[p.a] - heard.rows[p.a]
-        b = params[p.b] - heard.rows[p.b]
+        a = params[p.a][None] - heard.rows[p.a]
+        b = params[p.b][None] - heard.rows[p.b]
         norms = jax.vmap(lambda a, b: product.norm(product.Stack(a, b)))(a, b)
         size += jnp.sum(jnp.square(norms).reshape(size.size, -1), -1)
       # Where nobody has moved from B = 0 there is nothing to tell them apart.
@@ -213,13 +220,22 @@ def fedex(rank: int | None = None) -> Rule:
 
     return recombine(pairs, step)
 
+  def told(pair, specs, senders, round):
+    # A covariance of C factors of rank R has a rank of (C - 1) R.
+    all_of_it = (senders - 1) * specs[pair.a].shape[-1]
+    return {
+      pair.residual: terms(
+        pair, specs, all_of_it if rank is None else min(rank, all_of_it)
+      )
+    }
+
   cut = "" if rank is None else f", cut to rank {rank}"
   return Rule(
     name="fedex" if rank is None else f"fedex({rank})",
     formula="as fedit, and W <- W + s sum p_i (A_i - A)(B_i - B)" + cut,
     source="Singhal et al., 2025, arXiv 2410.09432",
     up="R (K + F)",
-    down="R (K + F) + min(C R (K + F), K F)"
+    down="R (K + F) + min((C - 1) R (K + F), K F)"
     if rank is None
     else f"(R + {rank}) (K + F)",
     exact=rank is None,
@@ -229,6 +245,7 @@ def fedex(rank: int | None = None) -> Rule:
     linear=False,
     residual=True,
     server=server,
+    told=told,
   )
 
 
@@ -245,8 +262,8 @@ def fair(strength: float = 0.01, *, steps: int = 0, rate: float = 0.1) -> Rule:
     raise ValueError(f"strength must not be negative: got {strength=}")
 
   def solve(a, residual):
-    R = a.shape[-1]
-    gram = _matmul(jnp.swapaxes(a, -1, -2), a) + strength * jnp.eye(R)
+    gram = _matmul(jnp.swapaxes(a, -1, -2), a)
+    gram = gram + strength * product.eye_like(gram)
     seen = _project(a, residual)
     # A mean of factors may have lost rank: least squares of least norm.
     return _matmul(jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True), seen)
@@ -326,12 +343,16 @@ def fedsvd(every: int = 1) -> Rule:
     up="R F",
     down="R F, with the new A R (K + F)",
     exact=True,
-    gauge_invariant=True,
+    gauge_invariant="fixed",
     heterogeneous_rank=False,
     linear=True,
     rebases=True,
     placement={".*/lora_a": "served"},
     server=server,
+    cycle=every,
+    told=lambda pair, specs, senders, round: (
+      {} if (round + 1) % every == 0 else {pair.a: None}
+    ),
   )
 
 
@@ -349,9 +370,7 @@ def fedrot() -> Rule:
 
       def turned(da, db):
         mine_a, mine_b = a - da, b - db
-        across = _matmul(jnp.swapaxes(mine_a, -1, -2), a)
-        across += _matmul(mine_b, jnp.swapaxes(b, -1, -2))
-        q = product.nearest_rotation(across)
+        q = product.turn(mine_a, mine_b, a, b)
         return _matmul(mine_a, q), _matmul(jnp.swapaxes(q, -1, -2), mine_b)
 
       rows = jax.vmap(turned)(heard.rows[pair.a], heard.rows[pair.b])

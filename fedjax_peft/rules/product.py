@@ -90,29 +90,92 @@ def svd(product: Product, rank: int) -> Svd:
   """The best approximation of a given rank (Eckart and Young).
 
   Of a stack only a core [Q, Q] is decomposed: with left = Q1 R1 and
-  right^T = Q2 R2, left right = Q1 (R1 R2^T) Q2^T. Costs (K + F) Q^2 + Q^3.
+  right^T = Q2 R2, left right = Q1 (R1 R2^T) Q2^T. A large core is not worth its
+  Q^3 where few triples are wanted: see `_leading`.
 
   Args:
     product: of Q terms, or dense.
     rank: R; singular values beyond min(Q, K, F) are zero.
   """
-  if isinstance(product, Dense):
-    left, values, right = jnp.linalg.svd(product.matrix, full_matrices=False)
+  core = _core(product)
+  if core > _SMALL and 4 * rank <= core:
+    found = _leading(product, rank)
+  elif isinstance(product, Dense):
+    found = jnp.linalg.svd(product.matrix, full_matrices=False)
   else:
     q1, r1 = jnp.linalg.qr(product.left)
     q2, r2 = jnp.linalg.qr(_t(product.right))
-    core = _matmul(r1, _t(r2))
-    left, values, right = jnp.linalg.svd(core, full_matrices=False)
-    left = _matmul(q1, left[..., :rank])
-    right = _matmul(right[..., :rank, :], _t(q2))
+    left, values, right = jnp.linalg.svd(
+      _matmul(r1, _t(r2)), full_matrices=False
+    )
+    found = (
+      _matmul(q1, left[..., :rank]),
+      values,
+      _matmul(right[..., :rank, :], _t(q2)),
+    )
   left, values, right = (
-    _fit(left, rank, -1),
-    _fit(values, rank, -1),
-    _fit(right, rank, -2),
+    _fit(x, rank, axis) for x, axis in zip(found, (-1, -1, -2), strict=True)
   )
   top = jnp.argmax(jnp.abs(left), axis=-2, keepdims=True)
   sign = jnp.where(jnp.take_along_axis(left, top, -2) < 0, -1.0, 1.0)
   return Svd(left * sign, values, right * _t(sign))
+
+
+_SMALL = 64  # cores up to this size are decomposed as they are
+
+
+def _core(product):
+  """Size of the matrix that has the product's singular values."""
+  if isinstance(product, Dense):
+    return min(product.matrix.shape[-2:])
+  return product.left.shape[-1]
+
+
+def _leading(product, rank):
+  """The first singular triples, from Gram matrices and steps that repair them.
+
+  A Gram matrix squares what is small, so its leading vectors are only a start;
+  two steps of subspace iteration with the product itself, and a decomposition
+  of what it makes of them (Rayleigh and Ritz), give the triples to float32's
+  accuracy relative to the largest. No orthonormal basis of the stack is formed.
+  """
+  if isinstance(product, Dense):
+    m = product.matrix
+    flip = m.shape[-2] < m.shape[-1]
+    gram = _matmul(m, _t(m)) if flip else _matmul(_t(m), m)
+    found = jnp.linalg.eigh(gram)[1][..., ::-1][..., :rank]
+    start = _matmul(_t(m), found) if flip else found
+  else:
+    # (C^T right)^T (C^T right) = right^T left^T left right if left^T left =
+    # C C^T: so C^T right has the product's right singular vectors.
+    gram = _matmul(_t(product.left), product.left)
+    scale = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    c = jnp.linalg.cholesky(gram + 1e-6 * scale * eye_like(gram))
+    outer = _matmul(product.right, _t(product.right))
+    inner = _matmul(_matmul(_t(c), outer), c)
+    found = jnp.linalg.eigh(inner)[1][..., ::-1][..., :rank]
+    start = _matmul(_t(product.right), _matmul(c, found))
+  for _ in range(2):
+    start, _ = jnp.linalg.qr(start)
+    start = _apply_t(product, _apply(product, start))
+  right, _ = jnp.linalg.qr(start)  # [..., F, R]
+  made = _apply(product, right)  # [..., K, R]
+  left, values, turn = jnp.linalg.svd(made, full_matrices=False)
+  return left, values, _matmul(turn, _t(right))
+
+
+def _apply(product, x):
+  """The product times x [..., F, R]."""
+  if isinstance(product, Dense):
+    return _matmul(product.matrix, x)
+  return _matmul(product.left, _matmul(product.right, x))
+
+
+def _apply_t(product, x):
+  """The product's transpose times x [..., K, R]."""
+  if isinstance(product, Dense):
+    return _matmul(_t(product.matrix), x)
+  return _matmul(_t(product.right), _matmul(_t(product.left), x))
 
 
 def rank_of(values: jax.Array, tolerance: float = 1e-5) -> jax.Array:
@@ -134,10 +197,50 @@ def effective_rank(values: jax.Array) -> jax.Array:
   return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
 
 
+def values(product: Product) -> jax.Array:
+  """Singular values [..., Q], largest first, from Gram matrices.
+
+  Cheaper than `svd`; those below about 3e-4 of the largest are noise, as a
+  Gram matrix squares them.
+  """
+  if isinstance(product, Dense):
+    m = product.matrix
+    wide = m.shape[-2] < m.shape[-1]
+    gram = _matmul(m, _t(m)) if wide else _matmul(_t(m), m)
+  else:
+    # left right has the singular values of R1 R2^T where left = Q1 R1, and
+    # with left^T left = L L^T those of L^T right.
+    gram = _matmul(product.right, _t(product.right))
+    root = _root(_matmul(_t(product.left), product.left))
+    gram = _matmul(_matmul(root, gram), root)
+  square = jnp.linalg.eigvalsh(gram)[..., ::-1]
+  return jnp.sqrt(jnp.maximum(square, 0))
+
+
+def _root(gram):
+  """The symmetric square root of a Gram matrix."""
+  square, vectors = jnp.linalg.eigh(gram)
+  root = jnp.sqrt(jnp.maximum(square, 0))
+  return _matmul(vectors * root[..., None, :], _t(vectors))
+
+
+def turn(a, b, to_a, to_b) -> jax.Array:
+  """The rotation Q [..., R, R] that turns factors towards others.
+
+  It minimizes |a Q - to_a|^2 + |Q^T b - to_b|^2 (orthogonal Procrustes).
+  """
+  return nearest_rotation(_matmul(_t(a), to_a) + _matmul(b, _t(to_b)))
+
+
 def nearest_rotation(matrix: jax.Array) -> jax.Array:
   """The orthogonal matrix that is nearest to one [..., R, R] (Procrustes)."""
   left, _, right = jnp.linalg.svd(matrix, full_matrices=False)
   return _matmul(left, right)
+
+
+def eye_like(x: jax.Array) -> jax.Array:
+  """The identity, of the rank of square matrices [..., R, R]."""
+  return jnp.eye(x.shape[-1]).reshape((1,) * (x.ndim - 2) + x.shape[-2:])
 
 
 def _matmul(a, b):

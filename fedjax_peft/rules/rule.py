@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_peft import objective
+from fedjax_peft import link, objective, tree, work
 from fedjax_peft import reduce as reduce_lib
 from fedjax_peft.peft import adapter, lowrank
 from fedjax_peft.rules import heard as heard_lib
+from fedjax_peft.rules import product
 
 Pairs = tuple[heard_lib.Pair, ...]
 
@@ -32,8 +33,9 @@ class Rule(NamedTuple):
     down: floats that it is told.
     exact: the model after a round is the weighted mean of the clients' models
       (of what the rule lets them train).
-    gauge_invariant: nothing changes when a client reports (A G, G^-1 B) in
-      place of (A, B), for any invertible G, or for rotations only.
+    gauge_invariant: the model does not change when a client reports
+      (A G, G^-1 B) in place of (A, B), for any invertible G, or for rotations
+      only; "fixed": only one factor moves, so that there is no such freedom.
     heterogeneous_rank: clients may have a trait `rank`.
     linear: works under a secure sum.
     rebases: factors mean something else after a round, so that nothing that
@@ -44,6 +46,9 @@ class Rule(NamedTuple):
     server: (pairs) -> transformation of what was heard into a descent
       direction; None applies the mean.
     one_by_one: needs every client's factors.
+    cycle: rounds after which it does the same again.
+    told: (pair, {path: spec}, senders, round) -> {path: spec or None}, leaves
+      of which less than all (None: nothing) has to be told after a round.
   """
 
   name: str
@@ -52,7 +57,7 @@ class Rule(NamedTuple):
   up: str
   down: str
   exact: bool
-  gauge_invariant: bool | Literal["rotations"]
+  gauge_invariant: bool | Literal["rotations", "fixed"]
   heterogeneous_rank: bool
   linear: bool
   rebases: bool = False
@@ -61,6 +66,8 @@ class Rule(NamedTuple):
   residual: bool = False
   server: Callable[[Pairs], optax.GradientTransformation] | None = None
   one_by_one: bool = False
+  cycle: int = 1
+  told: Callable | None = None
 
 
 def pairs_of(module) -> Pairs:
@@ -117,13 +124,9 @@ def bind(rule: Rule, model: objective.Model, *, watch: bool = False) -> Bound:
     return Bound(rule, pairs, reduce_lib.sum(), server)
   reduce = heard_lib.hear(pairs, one_by_one=rule.one_by_one)
   reduce = reduce._replace(name=rule.name)
-  server = mean_only() if rule.server is None else rule.server(pairs)
-  return Bound(rule, pairs, reduce, server)
-
-
-def mean_only() -> optax.GradientTransformation:
-  """Applies the mean of what was heard, as a plain sum would."""
-  return optax.stateless(lambda heard, params: means(heard))
+  if rule.server is not None:
+    return Bound(rule, pairs, reduce, rule.server(pairs))
+  return Bound(rule, pairs, reduce, recombine(pairs, lambda *_: {}))
 
 
 def means(message: Any) -> dict[str, jax.Array]:
@@ -165,23 +168,116 @@ def recombine(
   return optax.GradientTransformation(init, update)
 
 
-def compact(rule: Rule, pairs: Pairs) -> Callable:
-  """What has to cross the uplink: `Work.compact` under a rule."""
+def check(
+  rule: Rule,
+  server: optax.GradientTransformation | None,
+  uplink: link.Link | None,
+  ranks: bool,
+) -> None:
+  """Raises ValueError if a rule is put together with what it rules out."""
+  if ranks and not rule.heterogeneous_rank:
+    raise ValueError(
+      f"clients of different ranks cannot be aggregated by '{rule.name}'; use "
+      "fedit, hetlora, flexlora, flora, fedex or fair"
+    )
+  if not rule.rebases:
+    return
+  if server is not None:
+    state = server.init({"a": jnp.zeros((1,))})
+    if any(tree.is_float(x) for x in jax.tree.leaves(state)):
+      raise ValueError(
+        f"'{rule.name}' gives the factors a new meaning in each round, which "
+        "a server optimizer with memory would mix up; use server=None or "
+        "optax.sgd(rate)"
+      )
+  for part in link.parts_of(uplink) if uplink is not None else ():
+    if part.name.startswith("error_feedback"):
+      raise ValueError(
+        f"'{rule.name}' gives the factors a new meaning in each round, so what "
+        f"'{part.name}' holds back from one to the next means nothing; leave "
+        "error_feedback out"
+      )
 
-  def one(spec, traits, round):
+
+def compacted(job: work.Work, bound: Bound) -> work.Work:
+  """A job that says what has to cross the uplink under a rule."""
+  rule, pairs = bound.rule, bound.pairs
+
+  def compact(spec, traits, round):
     spec = dict(spec)
+    rank = traits.get("rank")
     for pair in pairs:
       for name, axis in ((pair.a, -1), (pair.b, -2)):
         if name not in spec:
           continue
         if rule.active is not None and not rule.active(name, _When(round)):
           del spec[name]
-          continue
-        if "rank" in traits:
-          spec[name] = _cut(spec[name], axis, int(traits["rank"]))
+        elif rank is not None:
+          spec[name] = _cut(spec[name], axis, int(rank))
     return spec
 
+  return job._replace(compact=compact, cycle=rule.cycle)
+
+
+def ranked(job: work.Work, bound: Bound) -> work.Work:
+  """A job whose clients have ranks of their own, their trait `rank`.
+
+  A client of rank r starts from the first r columns of A and rows of B; the
+  others are zero, have a gradient of zero, and stay zero: one compiled program
+  for all ranks. It reports against what it was sent, so that the server knows
+  the factors that it holds, padded with zeros.
+  """
+
+  def mine(sent, rank):
+    params = dict(sent.params)
+    for pair in bound.pairs:
+      for name, axis in ((pair.a, -1), (pair.b, -2)):
+        if name in params:
+          x = params[name]
+          shape = [1] * x.ndim
+          shape[axis] = x.shape[axis]
+          here = jnp.arange(x.shape[axis]) < rank
+          params[name] = jnp.where(here.reshape(shape), x, jnp.zeros_like(x))
+    return sent._replace(params=params)
+
+  def init(sent, base, local, client):
+    rank = client.traits["rank"]
+    return rank, job.init(mine(sent, rank), base, local, client)
+
+  def step(carry, sent, base, batch):
+    rank, inner = carry
+    inner, stats = job.step(inner, mine(sent, rank), base, batch)
+    return (rank, inner), stats
+
+  def finish(carry, sent):
+    return job.finish(carry[1], sent)
+
+  traits = (*job.traits, "rank")
+  return job._replace(init=init, step=step, finish=finish, traits=traits)
+
+
+def news(rule: Rule, pairs: Pairs) -> Callable:
+  """What has to be told after a round: `Tier.news` under a rule."""
+
+  def one(specs, senders, round):
+    specs = dict(specs)
+    for pair in pairs:
+      changed = rule.told(pair, specs, senders, round) if rule.told else {}
+      for name, spec in changed.items():
+        specs[name] = spec
+    return {k: v for k, v in specs.items() if v is not None}
+
   return one
+
+
+def terms(pair: heard_lib.Pair, specs: dict, columns: int) -> Any:
+  """Shapes of a matrix [K, F] of so many terms, in its smaller form."""
+  a, b = specs[pair.a], specs[pair.b]
+  stack, K, F = a.shape[:-2], a.shape[-2], b.shape[-1]
+  shapes = [(K, columns), (columns, F)]
+  if not product.pays(columns, K, F):
+    shapes = [(K, F)]
+  return [jax.ShapeDtypeStruct((*stack, *x), jnp.float32) for x in shapes]
 
 
 class _When(NamedTuple):

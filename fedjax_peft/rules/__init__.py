@@ -1,0 +1,61 @@
+"""How what clients make of their adapters becomes one adapter.
+
+  algorithm = fp.fedavg(model, local, rule=fp.rules.flexlora())
+
+Every rule declares what it is (`fp.explain(name)`), and tests prove it.
+"""
+
+from fedjax_peft.rules.cards import RULES, explain, table
+from fedjax_peft.rules.diagnose import watch
+from fedjax_peft.rules.heard import Heard, Pair, covariance, mean_product
+from fedjax_peft.rules.methods import (
+  fair,
+  fedex,
+  fedit,
+  fedrot,
+  fedsa,
+  fedsvd,
+  ffa,
+  flexlora,
+  flora,
+  hetlora,
+  rolora,
+)
+from fedjax_peft.rules.rule import (
+  Rule,
+  bind,
+  check,
+  compacted,
+  news,
+  pairs_of,
+  ranked,
+)
+
+__all__ = [
+  "RULES",
+  "Heard",
+  "Pair",
+  "Rule",
+  "bind",
+  "check",
+  "compacted",
+  "covariance",
+  "explain",
+  "fair",
+  "fedex",
+  "fedit",
+  "fedrot",
+  "fedsa",
+  "fedsvd",
+  "ffa",
+  "flexlora",
+  "flora",
+  "hetlora",
+  "mean_product",
+  "news",
+  "pairs_of",
+  "ranked",
+  "rolora",
+  "table",
+  "watch",
+]
