@@ -44,7 +44,7 @@ def watch(pairs: rule_lib.Pairs):
     for pair in pairs:
       a = params[pair.a] - mean.get(pair.a, 0)
       b = params[pair.b] - mean.get(pair.b, 0)
-      both = product.Stack(a, b)
+      both = product.stack(a, b)
       say("effective_rank", product.effective_rank(product.values(both)))
       if not isinstance(message, heard_lib.Heard):
         continue
@@ -54,10 +54,7 @@ def watch(pairs: rule_lib.Pairs):
       totals.append(jnp.sum(jnp.square(product.norm(whole))))
       say("residual_rank", product.rank_of(product.values(left_out), 1e-3))
       if pair.a in message.rows:
-        rows = jax.tree.map(
-          lambda x: x[:_CLIENTS], (message.rows, message.weights)
-        )
-        angle, drift = _between(pair, params, *rows)
+        angle, drift = _between(pair, params, message)
         say("angle", angle)
         say("gauge_drift", drift)
     if errors:
@@ -69,11 +66,10 @@ def watch(pairs: rule_lib.Pairs):
   return one
 
 
-def _between(pair, params, rows, weights):
+def _between(pair, params, heard):
   """(mean largest angle between two clients [deg], mean drift of a client)."""
-  a = params[pair.a][None] - rows[pair.a]  # [C, ..., K, R]
-  b = params[pair.b][None] - rows[pair.b]
-  here = weights > 0
+  a, b = (x[:_CLIENTS] for x in heard_lib.factors(heard, pair, params))
+  here = heard.weights[:_CLIENTS] > 0
   q, _ = jnp.linalg.qr(a)
   across = jnp.einsum("c...kr,d...ks->cd...rs", q, q, precision="highest")
   cosine = jnp.linalg.svd(across, compute_uv=False)[..., -1]

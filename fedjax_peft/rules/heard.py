@@ -7,7 +7,7 @@ since the covariance of the factors does not depend on where they started:
   sum p (A_i - A)(B_i - B) = sum p dA_i dB_i - (sum p dA_i)(sum p dB_i).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +49,8 @@ class Heard(NamedTuple):
   Attributes:
     mean: {path: mean delta}.
     second: {layer: mean of the products dA_i dB_i}, where they were summed up.
-    rows: {path: float32 [C, ...]}, factor deltas one by one, where they were
-      kept; zero for who was absent.
+    rows: {path: float32 [stack, C, R, K or F]}, factor deltas one by one (of
+      A transposed), where they were kept; zero for who was absent.
     weights: float32 [C], p_i of the rows.
   """
 
@@ -66,7 +66,8 @@ class _Acc(NamedTuple):
   total: jax.Array
   sums: dict[str, jax.Array]
   second: dict[str, jax.Array]
-  kept: Any
+  rows: dict[str, jax.Array]
+  weights: jax.Array
 
 
 def hear(
@@ -91,58 +92,68 @@ def hear(
 
     return [p for p in pairs if one_by_one or small(p)]
 
-  def factors(message, chosen):
-    return {name: message[name] for p in chosen for name in (p.a, p.b)}
-
   def init(spec, places):
     message = spec.message
     keep = kept_pairs(message, places)
-    kept = _collected().init((factors(message, keep), spec.weight), places)
+    rows = {
+      name: jnp.zeros((*shape[:-2], places, *shape[-2:]))
+      for p in keep
+      for name, shape in _row_shapes(p, message)
+    }
     second = {
       p.layer: jnp.zeros((*message[p.a].shape[:-1], message[p.b].shape[-1]))
       for p in pairs
       if p not in keep
     }
     sums = {k: jnp.zeros(x.shape, jnp.float32) for k, x in message.items()}
-    return _Acc(jnp.zeros(()), sums, second, kept)
+    weights = jnp.zeros((places,), jnp.int32)
+    return _Acc(jnp.zeros(()), sums, second, rows, weights)
 
   def update(acc, messages, present):
-    weight = jnp.where(present, messages.weight, 0).astype(jnp.float32)
+    weight = jnp.where(present, messages.weight, 0)
     message = {
       k: jnp.where(_wide(present, x), x, 0).astype(jnp.float32)
       for k, x in messages.message.items()
     }
+    share = weight.astype(jnp.float32)
     sums = {
-      k: acc.sums[k] + jnp.tensordot(weight, x, 1, precision="highest")
+      k: acc.sums[k] + jnp.tensordot(share, x, 1, precision="highest")
       for k, x in message.items()
     }
     second = {}
     for pair in pairs:
       if pair.layer in acc.second:
-        a = message[pair.a] * _wide(weight, message[pair.a])
+        a = message[pair.a] * _wide(share, message[pair.a])
         more = jnp.einsum(
           "c...kr,c...rf->...kf", a, message[pair.b], precision="highest"
         )
         second[pair.layer] = acc.second[pair.layer] + more
-    keep = [p for p in pairs if p.layer not in acc.second]
-    kept = _collected().update(
-      acc.kept, (factors(message, keep), messages.weight), present
-    )
-    return _Acc(acc.total + jnp.sum(weight), sums, second, kept)
+    # Free places are filled in the order of arrival.
+    taken = jnp.sum(acc.weights > 0, dtype=jnp.int32)
+    place = taken + jnp.cumsum(weight > 0, dtype=jnp.int32) - 1
+    place = jnp.where(weight > 0, place, acc.weights.size)
+    rows = {
+      k: v.at[..., place, :, :].set(
+        jnp.moveaxis(_upright(k, message[k]), 0, -3), mode="drop"
+      )
+      for k, v in acc.rows.items()
+    }
+    weights = acc.weights.at[place].set(weight, mode="drop")
+    return _Acc(acc.total + jnp.sum(share), sums, second, rows, weights)
 
   def merge(a, b):
     total, sums, second = jax.tree.map(jnp.add, a[:3], b[:3])
-    return _Acc(total, sums, second, _collected().merge(a.kept, b.kept))
+    rows = {k: jnp.concatenate([x, b.rows[k]], -3) for k, x in a.rows.items()}
+    weights = jnp.concatenate([a.weights, b.weights])
+    return _Acc(total, sums, second, rows, weights)
 
   def finalize(acc):
     total = jnp.maximum(acc.total, 1)
-    (rows, weight), present = acc.kept
-    weights = jnp.where(present, weight, 0).astype(jnp.float32) / total
     return Heard(
       {k: x / total for k, x in acc.sums.items()},
       {k: x / total for k, x in acc.second.items()},
-      rows,
-      weights,
+      acc.rows,
+      acc.weights.astype(jnp.float32) / total,
     )
 
   return reduce_lib.Reduce(
@@ -157,9 +168,26 @@ def hear(
   )
 
 
-def _collected():
-  """The reduction that keeps messages one by one."""
-  return reduce_lib.collect("rows", lambda rows, present: (rows, present))
+def _upright(name, x):
+  """Factors with the rank as the last but one axis: A is turned over."""
+  return jnp.swapaxes(x, -1, -2) if name.endswith("/lora_a") else x
+
+
+def _row_shapes(pair, message):
+  """(path, shape [stack, R, K or F]) of the factors of a client."""
+  *stack, K, R = message[pair.a].shape
+  return (pair.a, (*stack, R, K)), (pair.b, message[pair.b].shape)
+
+
+def factors(
+  heard: Heard, pair: Pair, params: dict
+) -> tuple[jax.Array, jax.Array]:
+  """What each client holds: A [C, stack, K, R] and B [C, stack, R, F]."""
+  a = jnp.moveaxis(heard.rows[pair.a], -3, 0)
+  b = jnp.moveaxis(heard.rows[pair.b], -3, 0)
+  return params[pair.a][None] - jnp.swapaxes(a, -1, -2), params[pair.b][
+    None
+  ] - b
 
 
 def covariance(heard: Heard, pair: Pair) -> product.Product:
@@ -170,9 +198,7 @@ def covariance(heard: Heard, pair: Pair) -> product.Product:
   a, b = heard.mean[pair.a], heard.mean[pair.b]
   if pair.layer in heard.second:
     return product.Dense(heard.second[pair.layer] - _matmul(a, b))
-  return _stacked(
-    heard, heard.rows[pair.a] - a[None], heard.rows[pair.b] - b[None]
-  )
+  return _stacked(heard, pair, a, b)
 
 
 def mean_product(heard: Heard, pair: Pair, params: dict) -> product.Product:
@@ -180,21 +206,17 @@ def mean_product(heard: Heard, pair: Pair, params: dict) -> product.Product:
   a, b = params[pair.a], params[pair.b]
   if pair.layer in heard.second:
     new_a, new_b = a - heard.mean[pair.a], b - heard.mean[pair.b]
-    return product.add(covariance(heard, pair), product.Stack(new_a, new_b))
-  return _stacked(
-    heard, a[None] - heard.rows[pair.a], b[None] - heard.rows[pair.b]
-  )
+    return product.add(covariance(heard, pair), product.stack(new_a, new_b))
+  return _stacked(heard, pair, a, b)
 
 
-def _stacked(heard, a, b):
-  """Rows [C, ..., K, R] and [C, ..., R, F] side by side, weighted on A."""
-  a = a * _wide(heard.weights, a)
-  left = jnp.moveaxis(a, 0, -2)  # [..., K, C, R]
-  right = jnp.moveaxis(b, 0, -3)  # [..., C, R, F]
-  return product.Stack(
-    left.reshape(*left.shape[:-2], -1),
-    right.reshape(*right.shape[:-3], -1, right.shape[-1]),
-  )
+def _stacked(heard, pair, a, b):
+  """Sum of p_i (a - dA_i)(b - dB_i), side by side."""
+  left = _upright(pair.a, a)[..., None, :, :] - heard.rows[pair.a]
+  right = b[..., None, :, :] - heard.rows[pair.b]  # [stack, C, R, F]
+  flat = [x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (left, right)]
+  weights = jnp.repeat(heard.weights, a.shape[-1])
+  return product.Stack(*flat, weights)
 
 
 def _matmul(a, b):

@@ -168,17 +168,17 @@ def hetlora() -> Rule:
       del count
       size = jnp.zeros(heard.weights.shape)
       for p in pairs:
-        a = params[p.a][None] - heard.rows[p.a]
-        b = params[p.b][None] - heard.rows[p.b]
-        norms = jax.vmap(lambda a, b: product.norm(product.Stack(a, b)))(a, b)
+        a, b = heard_lib.factors(heard, p, params)
+        norms = jax.vmap(lambda a, b: product.norm(product.stack(a, b)))(a, b)
         size += jnp.sum(jnp.square(norms).reshape(size.size, -1), -1)
       # Where nobody has moved from B = 0 there is nothing to tell them apart.
       size = jnp.where(heard.weights > 0, jnp.sqrt(size), 0)
       share = jnp.where(jnp.sum(size) > 0, size, heard.weights)
       share = share / jnp.maximum(jnp.sum(share), jnp.finfo(jnp.float32).tiny)
+      held = heard_lib.factors(heard, pair, params)
       return {
-        name: params[name] - jnp.tensordot(share, heard.rows[name], 1)
-        for name in (pair.a, pair.b)
+        name: jnp.tensordot(share, x, 1)
+        for name, x in zip((pair.a, pair.b), held, strict=True)
       }
 
     return recombine(pairs, step)
@@ -214,7 +214,7 @@ def fedex(rank: int | None = None) -> Rule:
       left_out = heard_lib.covariance(heard, pair)
       if rank is not None:
         u, s, v = product.svd(left_out, rank)
-        left_out = product.Stack(u * s[..., None, :], v)
+        left_out = product.stack(u * s[..., None, :], v)
       more = pair.scale * product.expand(left_out)
       return {pair.residual: params[pair.residual] + more}
 
@@ -323,7 +323,7 @@ def fedsvd(every: int = 1) -> Rule:
   def server(pairs):
     def step(pair, params, message, count):
       a, b = params[pair.a], params[pair.b] - message[pair.b]
-      found = product.svd(product.Stack(a, b), a.shape[-1])
+      found = product.svd(product.stack(a, b), a.shape[-1])
       due = (count + 1) % every == 0
       # Columns of a zero adapter would be arbitrary: keep the old ones.
       due &= jnp.any(b != 0)
@@ -368,12 +368,11 @@ def fedrot() -> Rule:
       del count
       a, b = params[pair.a], params[pair.b]
 
-      def turned(da, db):
-        mine_a, mine_b = a - da, b - db
+      def turned(mine_a, mine_b):
         q = product.turn(mine_a, mine_b, a, b)
         return _matmul(mine_a, q), _matmul(jnp.swapaxes(q, -1, -2), mine_b)
 
-      rows = jax.vmap(turned)(heard.rows[pair.a], heard.rows[pair.b])
+      rows = jax.vmap(turned)(*heard_lib.factors(heard, pair, params))
       new = [jnp.tensordot(heard.weights, x, 1) for x in rows]
       return dict(zip((pair.a, pair.b), new, strict=True))
 
@@ -405,7 +404,8 @@ def _project(a, residual):
   at = jnp.swapaxes(a, -1, -2)
   if isinstance(residual, product.Dense):
     return _matmul(at, residual.matrix)
-  return _matmul(_matmul(at, residual.left), residual.right)
+  inner = residual.weighted(_matmul(residual.left, a))
+  return _matmul(jnp.swapaxes(inner, -1, -2), residual.right)
 
 
 def _length(x):

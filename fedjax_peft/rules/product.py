@@ -13,15 +13,39 @@ import jax.numpy as jnp
 
 
 class Stack(NamedTuple):
-  """The matrix left @ right.
+  """The matrix left^T diag(weights) right.
 
   Attributes:
-    left: float32 [..., K, Q].
+    left: float32 [..., Q, K].
     right: float32 [..., Q, F].
+    weights: float32 [Q]. Kept apart, so that nothing as large as the factors
+      is written to weigh them.
   """
 
   left: jax.Array
   right: jax.Array
+  weights: jax.Array
+
+  def inner(self) -> tuple[jax.Array, jax.Array]:
+    """Gram matrices [..., Q, Q] of the left factors, and of the weighted right.
+
+    left left^T, and diag(w) right right^T diag(w).
+    """
+    w = self.weights
+    both = (w[:, None] * w[None]).reshape(
+      (1,) * (self.right.ndim - 2) + (w.size,) * 2
+    )
+    outer = _matmul(self.right, _t(self.right)) * both
+    return _matmul(self.left, _t(self.left)), outer
+
+  def weighted(self, x: jax.Array) -> jax.Array:
+    """diag(weights) x for x [..., Q, N]."""
+    return x * self.weights.reshape((1,) * (x.ndim - 2) + (-1, 1))
+
+
+def stack(left: jax.Array, right: jax.Array) -> Stack:
+  """The product of left [..., K, Q] and right [..., Q, F]."""
+  return Stack(_t(left), right, jnp.ones(right.shape[-2]))
 
 
 class Dense(NamedTuple):
@@ -61,7 +85,7 @@ def expand(product: Product) -> jax.Array:
   """Returns the matrix, float32 [..., K, F]."""
   if isinstance(product, Dense):
     return product.matrix
-  return _matmul(product.left, product.right)
+  return _matmul(_t(product.left), product.weighted(product.right))
 
 
 def add(a: Product, b: Product) -> Product:
@@ -71,8 +95,9 @@ def add(a: Product, b: Product) -> Product:
   if isinstance(b, Dense):
     return Dense(expand(a) + b.matrix)
   return Stack(
-    jnp.concatenate([a.left, b.left], -1),
+    jnp.concatenate([a.left, b.left], -2),
     jnp.concatenate([a.right, b.right], -2),
+    jnp.concatenate([a.weights, b.weights]),
   )
 
 
@@ -80,8 +105,7 @@ def norm(product: Product) -> jax.Array:
   """Frobenius norm [...], from Gram matrices where there are factors."""
   if isinstance(product, Dense):
     return jnp.sqrt(jnp.sum(jnp.square(product.matrix), (-2, -1)))
-  left = _matmul(_t(product.left), product.left)
-  right = _matmul(product.right, _t(product.right))
+  left, right = product.inner()
   # What cancels may come out below zero by a rounding.
   return jnp.sqrt(jnp.maximum(jnp.sum(left * right, (-2, -1)), 0))
 
@@ -89,9 +113,9 @@ def norm(product: Product) -> jax.Array:
 def svd(product: Product, rank: int) -> Svd:
   """The best approximation of a given rank (Eckart and Young).
 
-  Of a stack only a core [Q, Q] is decomposed: with left = Q1 R1 and
-  right^T = Q2 R2, left right = Q1 (R1 R2^T) Q2^T. A large core is not worth its
-  Q^3 where few triples are wanted: see `_leading`.
+  Of a stack only a core [Q, Q] is decomposed: with left^T = Q1 R1 and
+  right^T = Q2 R2, left^T right = Q1 (R1 R2^T) Q2^T. A large core is not worth
+  its Q^3 where few triples are wanted: see `_leading`.
 
   Args:
     product: of Q terms, or dense.
@@ -103,8 +127,8 @@ def svd(product: Product, rank: int) -> Svd:
   elif isinstance(product, Dense):
     found = jnp.linalg.svd(product.matrix, full_matrices=False)
   else:
-    q1, r1 = jnp.linalg.qr(product.left)
-    q2, r2 = jnp.linalg.qr(_t(product.right))
+    q1, r1 = jnp.linalg.qr(_t(product.left))
+    q2, r2 = jnp.linalg.qr(_t(product.weighted(product.right)))
     left, values, right = jnp.linalg.svd(
       _matmul(r1, _t(r2)), full_matrices=False
     )
@@ -128,7 +152,7 @@ def _core(product):
   """Size of the matrix that has the product's singular values."""
   if isinstance(product, Dense):
     return min(product.matrix.shape[-2:])
-  return product.left.shape[-1]
+  return product.left.shape[-2]
 
 
 def _leading(product, rank):
@@ -146,15 +170,14 @@ def _leading(product, rank):
     found = jnp.linalg.eigh(gram)[1][..., ::-1][..., :rank]
     start = _matmul(_t(m), found) if flip else found
   else:
-    # (C^T right)^T (C^T right) = right^T left^T left right if left^T left =
-    # C C^T: so C^T right has the product's right singular vectors.
-    gram = _matmul(_t(product.left), product.left)
+    # With left left^T = C C^T, C^T right has the product's right singular
+    # vectors: its Gram matrix is right^T left left^T right.
+    gram, outer = product.inner()
     scale = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     c = jnp.linalg.cholesky(gram + 1e-6 * scale * eye_like(gram))
-    outer = _matmul(product.right, _t(product.right))
     inner = _matmul(_matmul(_t(c), outer), c)
     found = jnp.linalg.eigh(inner)[1][..., ::-1][..., :rank]
-    start = _matmul(_t(product.right), _matmul(c, found))
+    start = _matmul(_t(product.right), product.weighted(_matmul(c, found)))
   for _ in range(2):
     start, _ = jnp.linalg.qr(start)
     start = _apply_t(product, _apply(product, start))
@@ -168,14 +191,16 @@ def _apply(product, x):
   """The product times x [..., F, R]."""
   if isinstance(product, Dense):
     return _matmul(product.matrix, x)
-  return _matmul(product.left, _matmul(product.right, x))
+  inner = product.weighted(_matmul(product.right, x))
+  return _matmul(_t(product.left), inner)
 
 
 def _apply_t(product, x):
   """The product's transpose times x [..., K, R]."""
   if isinstance(product, Dense):
     return _matmul(_t(product.matrix), x)
-  return _matmul(_t(product.right), _matmul(_t(product.left), x))
+  inner = product.weighted(_matmul(product.left, x))
+  return _matmul(_t(product.right), inner)
 
 
 def rank_of(values: jax.Array, tolerance: float = 1e-5) -> jax.Array:
@@ -208,11 +233,10 @@ def values(product: Product) -> jax.Array:
     wide = m.shape[-2] < m.shape[-1]
     gram = _matmul(m, _t(m)) if wide else _matmul(_t(m), m)
   else:
-    # left right has the singular values of R1 R2^T where left = Q1 R1, and
-    # with left^T left = L L^T those of L^T right.
-    gram = _matmul(product.right, _t(product.right))
-    root = _root(_matmul(_t(product.left), product.left))
-    gram = _matmul(_matmul(root, gram), root)
+    # left^T right has the singular values of S right if left left^T = S S.
+    gram, outer = product.inner()
+    root = _root(gram)
+    gram = _matmul(_matmul(root, outer), root)
   square = jnp.linalg.eigvalsh(gram)[..., ::-1]
   return jnp.sqrt(jnp.maximum(square, 0))
 

@@ -21,13 +21,14 @@ def stack(shape, seed=0, decay=0.0):
   rng = np.random.default_rng(seed)
   left = rng.normal(size=(layers, k, q)) * np.exp(-decay * np.arange(q))
   right = rng.normal(size=(layers, q, f))
-  return product.Stack(
+  return product.stack(
     jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)
   )
 
 
 def exact(p):
-  return np.asarray(p.left, np.float64) @ np.asarray(p.right, np.float64)
+  left = np.swapaxes(np.asarray(p.left, np.float64), -1, -2)
+  return left * np.asarray(p.weights) @ np.asarray(p.right, np.float64)
 
 
 def forms(shape, **options):
@@ -68,8 +69,9 @@ def test_a_product_of_low_rank_is_found_again(shape):
   p = stack((layers, k, rank, f))
   copies = 40  # clients that agree: a stack with a singular Gram matrix
   same = product.Stack(
-    jnp.concatenate([p.left / copies] * copies, -1),
+    jnp.concatenate([p.left] * copies, -2),
     jnp.concatenate([p.right] * copies, -2),
+    jnp.full((rank * copies,), 1 / copies),
   )
   u, s, v = product.svd(same, rank)
   made = np.asarray(u, np.float64) * np.asarray(s)[:, None] @ np.asarray(v)
