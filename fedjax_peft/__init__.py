@@ -21,6 +21,7 @@ _PUBLIC = {
     "fedprox",
     "fedsgd",
     "fedyogi",
+    "flasc",
   ),
   "evaluate": ("evaluation",),
   "executor": ("Cohort",),

@@ -10,6 +10,7 @@ from fedjax_peft import (
   factored,
   hierarchy,
   link,
+  links,
   objective,
   rules,
   work,
@@ -129,6 +130,32 @@ def _ruled(
     watch=rules.watch(bound.pairs) if watch else None,
   )
   return algorithm.federated(job, [cloud])
+
+
+def flasc(
+  model: objective.Model,
+  local: work.Local,
+  *,
+  down: float = 0.25,
+  up: float = 0.25,
+  **options,
+) -> algorithm.Algorithm:
+  """Sparse adapters on the way down and up (Kuo et al., arXiv 2406.05233).
+
+  A client gets the largest entries of all adapters together, trains them
+  densely, and reports the largest entries of what has changed since.
+
+  Args:
+    model: what is trained.
+    local: how clients train.
+    down: fraction of the entries that goes down.
+    up: fraction of the entries that comes up.
+    **options: of `fedavg`; the paper's server is Adam.
+  """
+  uplink = link.chain(links.weigh(), links.top_k(up))
+  return fedavg(
+    model, local, uplink=uplink, downlink=links.top_k(down), **options
+  )
 
 
 def fedprox(

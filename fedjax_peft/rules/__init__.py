@@ -5,7 +5,7 @@
 Every rule declares what it is (`fp.explain(name)`), and tests prove it.
 """
 
-from fedjax_peft.rules.cards import RULES, explain, table
+from fedjax_peft.rules.cards import COMPOSED, RULES, explain, table
 from fedjax_peft.rules.diagnose import watch
 from fedjax_peft.rules.heard import Heard, Pair, covariance, mean_product
 from fedjax_peft.rules.methods import (
@@ -30,8 +30,10 @@ from fedjax_peft.rules.rule import (
   pairs_of,
   ranked,
 )
+from fedjax_peft.rules.start import start
 
 __all__ = [
+  "COMPOSED",
   "RULES",
   "Heard",
   "Pair",
@@ -56,6 +58,7 @@ __all__ = [
   "pairs_of",
   "ranked",
   "rolora",
+  "start",
   "table",
   "watch",
 ]

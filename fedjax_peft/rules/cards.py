@@ -20,6 +20,62 @@ RULES: dict[str, Callable[[], rule_lib.Rule]] = {
   "fedsvd": methods.fedsvd,
   "fedrot": methods.fedrot,
 }
+# Methods that other parts are put together for, with what they then are.
+COMPOSED: dict[str, rule_lib.Rule] = {
+  card.name: card
+  for card in (
+    rule_lib.Rule(
+      name="fed_sb",
+      formula="A, B from the layer's SVD stay, M <- sum p_i M_i in A M B",
+      source="Singhal et al., 2025, arXiv 2502.15436",
+      up="R R",
+      down="R R",
+      exact=True,
+      gauge_invariant="fixed",
+      heterogeneous_rank=False,
+      linear=True,
+      write="fp.fedavg on a module from fp.peft.core(module, rank, where)",
+    ),
+    rule_lib.Rule(
+      name="ravan",
+      formula="M_h <- sum p_i s_h M_h in sum_h s_h A_h M_h B_h; A_h, B_h stay",
+      source="Raje et al., 2025, arXiv 2506.05568",
+      up="H R R",
+      down="H R R",
+      exact=True,
+      gauge_invariant="fixed",
+      heterogeneous_rank=False,
+      linear=True,
+      write="fp.fedavg on a module from fp.peft.ravan(module, ...)",
+    ),
+    rule_lib.Rule(
+      name="flasc",
+      formula="down: the largest of A, B; up: the largest of what has changed",
+      source="Kuo et al., 2024, arXiv 2406.05233",
+      up="2 d_up R (K + F)",
+      down="2 d_down R (K + F)",
+      exact=False,
+      gauge_invariant=False,
+      heterogeneous_rank=False,
+      linear=False,
+      write="fp.flasc(model, local, down=0.25, up=0.25)",
+    ),
+    rule_lib.Rule(
+      name="slora",
+      formula="rounds of a sparse update dW, then U S V^T = svd(dW): A <- U, "
+      "B <- S V^T / s, then fedit",
+      source="Babakniya et al., 2023, arXiv 2308.06522",
+      up="density K F, then R (K + F)",
+      down="density K F, then R (K + F)",
+      exact=False,
+      gauge_invariant=False,
+      heterogeneous_rank=False,
+      linear=True,
+      write="fp.rules.start(fp.peft.lora(...), updates) after rounds on "
+      "fp.peft.sparse(...)",
+    ),
+  )
+}
 _FLAGS = ("exact", "gauge_invariant", "heterogeneous_rank", "linear", "rebases")
 
 
@@ -37,8 +93,9 @@ def explain(method: str | rule_lib.Rule) -> str:
     ffa: A stays as it was drawn, B <- sum p_i B_i
   """
   if isinstance(method, str):
-    validate.one_of(list(RULES), method=method)
-    method = RULES[method]()
+    validate.one_of([*RULES, *COMPOSED], method=method)
+    method = COMPOSED.get(method) or RULES[method]()
+  write = method.write or f"fp.fedavg(..., rule=fp.rules.{method.name}())"
   words = {
     "exact": "the model after a round is the mean of the clients' models",
     "gauge_invariant": "the model does not change if a client sends "
@@ -54,18 +111,24 @@ def explain(method: str | rule_lib.Rule) -> str:
     f"  up                 {method.up} floats a layer and client",
     f"  down               {method.down}",
     f"  source             {method.source}",
+    f"  write              {write}",
   ]
   return "\n".join(lines)
 
 
 def table() -> str:
   """All rules, one line each."""
-  head = ["method", *(f.replace("_", " ") for f in _FLAGS), "up", "down"]
+  head = [
+    "method",
+    *(f.replace("_", " ") for f in _FLAGS),
+    "up",
+    "down",
+    "source",
+  ]
   rows = [head]
-  for name, make in RULES.items():
-    rule = make()
+  for rule in (*(make() for make in RULES.values()), *COMPOSED.values()):
     flags = [_word(getattr(rule, f)) for f in _FLAGS]
-    rows.append([name, *flags, rule.up, rule.down])
+    rows.append([rule.name, *flags, rule.up, rule.down, rule.source])
   widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
   return "\n".join(
     "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()

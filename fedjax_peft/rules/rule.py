@@ -49,6 +49,7 @@ class Rule(NamedTuple):
     cycle: rounds after which it does the same again.
     told: (pair, {path: spec}, senders, round) -> {path: spec or None}, leaves
       of which less than all (None: nothing) has to be told after a round.
+    write: what to write for it; empty: `rule=fp.rules.NAME()`.
   """
 
   name: str
@@ -68,6 +69,7 @@ class Rule(NamedTuple):
   one_by_one: bool = False
   cycle: int = 1
   told: Callable | None = None
+  write: str = ""
 
 
 def pairs_of(module) -> Pairs:
