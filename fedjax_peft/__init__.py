@@ -75,6 +75,8 @@ _PUBLIC = {
 }
 # Public modules, and those that go by another name.
 _MODULES = {
+  "algorithms": "algorithms",
+  "attack": "attack",
   "data": "data",
   "evaluate": "evaluate",
   "kernels": "kernels",
@@ -82,6 +84,7 @@ _MODULES = {
   "models": "models",
   "peft": "peft",
   "reduce": "reduce",
+  "robust": "robust",
   "rules": "rules",
   "sample": "sampling",
 }

@@ -15,6 +15,7 @@ from fedjax_peft import (
   rules,
   work,
 )
+from fedjax_peft import reduce as reduce_lib
 
 
 def fedavg(
@@ -30,6 +31,7 @@ def fedavg(
   rule: rules.Rule | None = None,
   ranks: bool = False,
   watch: bool = False,
+  reduce: reduce_lib.Reduce | None = None,
 ) -> algorithm.Algorithm:
   """Federated averaging (McMahan et al., 2017, arXiv 1602.05629).
 
@@ -49,11 +51,18 @@ def fedavg(
       first columns of A and rows of B.
     watch: write diagnostics of the aggregation into the record. Where the rule
       is linear, the server then hears more than a sum: no masks.
+    reduce: how messages become one where no rule says so, such as
+      `robust.median()`; None adds them up.
 
   Raises:
     ValueError: if the rule and what it is put together with do not fit.
   """
   if rule is not None or ranks or watch:
+    if reduce is not None:
+      raise ValueError(
+        "what adapters become is said by a rule or by a reduction: got "
+        f"reduce='{reduce.name}' beside a rule, ranks or watch; leave one out"
+      )
     rule = rules.fedit() if rule is None else rule
     return _ruled(
       model,
@@ -68,7 +77,9 @@ def fedavg(
       proximal=proximal,
     )
   job = work.train(model, local, rules=placement, proximal=proximal)
-  cloud = hierarchy.tier("cloud", link=uplink, server=server, down=downlink)
+  cloud = hierarchy.tier(
+    "cloud", link=uplink, reduce=reduce, server=server, down=downlink
+  )
   general = algorithm.federated(job, [cloud])
   if lowrank is False:
     return general

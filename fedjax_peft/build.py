@@ -4,8 +4,8 @@ Whatever a config asks for is checked here, before anything is compiled: names
 and options against the functions they stand for, with the near names.
 """
 
-import math
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,40 +15,23 @@ import optax
 
 from fedjax_peft import (
   algorithm,
-  alias,
+  algorithms,
+  attack,
+  compose,
   config,
   data,
-  link,
-  links,
   losses,
   models,
   objective,
   peft,
   rounds,
-  rules,
   sampling,
   schema,
-  validate,
   work,
 )
 from fedjax_peft import settings as settings_lib
 
-LINKS: dict[str, Callable] = {
-  "clip": links.clip,
-  "count": links.count,
-  "fixed_point": links.fixed_point,
-  "int4": links.int4,
-  "int8": links.int8,
-  "lowrank": links.lowrank,
-  "mask": links.mask,
-  "quantize": links.quantize,
-  "rand_k": links.rand_k,
-  "rotate": links.rotate,
-  "sign": links.sign,
-  "top_k": links.top_k,
-  "weigh": links.weigh,
-}
-PEFT: dict[str, Callable] = {"lora": peft.lora, "tune": peft.tune}
+PEFT: dict[str, Callable] = {**peft.METHODS, "stack": algorithms.stack}
 
 
 class Parts(NamedTuple):
@@ -78,8 +61,12 @@ def build(run: schema.Config) -> Parts:
   """
   options = {k: v for k, v in run.data.items() if k != "name"}
   population = data.load(run.data["name"], **{"seed": run.seed, **options})
-  population = _ranks(run, population)
-  rule = _rule(run)
+  population = compose.ranked(run, population)
+  if run.attack:
+    population = attack.attackers(
+      population, run.attack.get("fraction", 0.2), seed=run.seed
+    )
+  rule = compose.rule_of(run)
   model = _model(run, population, residual=rule is not None and rule.residual)
   how = work.local(
     _rates(run),
@@ -89,21 +76,14 @@ def build(run: schema.Config) -> Parts:
     shuffle=run.client.shuffle,
     drop_remainder=run.client.drop_remainder,
   )
-  made = alias.fedavg(
-    model,
-    how,
-    server=_server(run.server, run.rounds),
-    uplink=_chain(run.uplink, "uplink"),
-    downlink=_chain(run.downlink, "downlink"),
-    placement=run.placement,
-    proximal=run.client.proximal,
-    rule=rule,
-    ranks=bool(run.aggregate.ranks),
-    watch=run.aggregate.watch,
-  )
+  server = _server(run.server, run.rounds)
+  made = compose.algorithm_of(run, population, model, how, server)
+  if run.algorithm.get("name") == "centralized":
+    population = algorithms.pooled(population)
   if made.specialize is not None:
     made, _ = made.specialize(population)
-  cohort = _sampler(run.cohort, population)
+  size = 1 if len(population) == 1 else run.cohort.size
+  cohort = _sampler(run.cohort, size, population)
   most = cohort.most(population)
   # Tracing the first state lets every link refuse what it cannot carry.
   state = jax.eval_shape(
@@ -127,42 +107,6 @@ def settings(run: schema.Config, parts: Parts) -> settings_lib.Settings:
   )
 
 
-def _rule(run: schema.Config) -> rules.Rule | None:
-  """How adapters are aggregated."""
-  table = run.aggregate.rule
-  if not table:
-    return None
-  where = "aggregate.rule"
-  if "method" not in table:
-    raise ValueError(
-      f'{where} must name a method: got {table}; write {{method="fedit"}}'
-    )
-  factory, rest = _named(rules.RULES, table, "method", where)
-  return config.call(factory, rest, where)
-
-
-def _ranks(run: schema.Config, population: data.Population) -> data.Population:
-  """Gives every client a rank, in the shares that the config says."""
-  shares = run.aggregate.ranks
-  if not shares:
-    return population
-  good = all(
-    str(k).isdecimal() and int(k) > 0 and isinstance(v, int | float) and v >= 0
-    for k, v in shares.items()
-  )
-  if not good or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
-    raise ValueError(
-      "aggregate.ranks must be shares of the clients that sum to one, by rank: "
-      f"got {dict(shares)}; write {{4 = 0.5, 8 = 0.5}}"
-    )
-  rng = np.random.default_rng([run.seed, 4])
-  edges = np.cumsum([0, *shares.values()])
-  place = rng.permutation(len(population)) / len(population)
-  which = np.searchsorted(edges, place, side="right") - 1
-  which = np.minimum(which, len(shares) - 1)
-  return population.with_traits(rank=np.array([int(k) for k in shares])[which])
-
-
 def _model(
   run: schema.Config, population: data.Population, *, residual: bool
 ) -> objective.Model:
@@ -181,44 +125,15 @@ def _model(
   module = models.load(run.model.name, **options | run.model.options)
   for i, table in enumerate(run.model.peft):
     where = f"model.peft.{i}"
-    method, rest = _named(PEFT, table, "method", where)
+    method, rest = compose.named(PEFT, table, "method", where)
     given: dict[str, Any] = {"module": module}
-    if table["method"] == "lora" and "seed" not in rest:
+    if "seed" in inspect.signature(method).parameters and "seed" not in rest:
       given["seed"] = run.seed
-    if residual and table["method"] == "lora":
+    if residual and method is peft.lora:
       rest = {"residual": True, **rest}
     module = config.call(method, rest, where, **given)
   loss = getattr(losses, name)
   return objective.model(module, loss, precision=run.execution.precision)
-
-
-def _named(
-  options: dict[str, Callable], table: schema.Table, kind: str, where: str
-) -> tuple[Callable, schema.Table]:
-  """The function that a free table names, and the rest of the table."""
-  name = table[kind]
-  if name not in options:
-    raise ValueError(
-      f"{where}.{kind} must be one of {', '.join(options)}, got {name!r}"
-      f"{validate.near(name, options)}"
-    )
-  return options[name], {k: v for k, v in table.items() if k != kind}
-
-
-def _chain(tables: Sequence[schema.Table], where: str) -> link.Link:
-  """The links of a config, put together."""
-  parts = []
-  for i, table in enumerate(tables):
-    at = f"{where}.{i}"
-    table = dict(table)
-    feedback = table.pop("error_feedback", False)
-    factory, rest = _named(LINKS, table, "link", at)
-    part = config.call(factory, rest, at)
-    parts.append(links.error_feedback(part) if feedback is True else part)
-  try:
-    return link.chain(*parts)
-  except ValueError as error:
-    raise ValueError(f"{where}: {error}") from error
 
 
 def _rates(run: schema.Config) -> Callable:
@@ -268,15 +183,15 @@ def _server(how: schema.Server, rounds: int) -> optax.GradientTransformation:
 
 
 def _sampler(
-  how: schema.Cohort, population: data.Population
+  how: schema.Cohort, size: int, population: data.Population
 ) -> sampling.Sampler:
   """Who takes part, checked against the population."""
   seen = int(population.seen.sum())
-  if how.size > seen:
+  if size > seen:
     raise ValueError(
       f"cohort.size must be at most the {seen} clients to train on, got "
-      f"{how.size}; write --set cohort.size={seen}"
+      f"{size}; write --set cohort.size={seen}"
     )
   if how.sampler == "poisson":
-    return sampling.poisson(how.size / seen)
-  return sampling.uniform(how.size)
+    return sampling.poisson(size / seen)
+  return sampling.uniform(size)

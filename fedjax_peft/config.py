@@ -134,7 +134,7 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type, at: str) -> None:
   for name, value in tree.items():
     if name not in hints:
       same = [k.name for k in schema.fields() if k.name.endswith(f".{name}")]
-      near = validate.near(name, hints) or _or(same)
+      near = _or(same) or validate.near(name, hints)
       raise ValueError(
         f"unknown key {at + name!r}{near}; the keys "
         f"{f'of [{at[:-1]}]' if at else 'of a config'} are {', '.join(hints)}"

@@ -40,7 +40,15 @@ class Model:
   name: str = _doc("a name from `fedjax-peft models list`, or a directory")
   peft: tuple[Table, ...] = _doc(
     'adapters, applied in order, {method="lora", rank=8}; none trains all: '
-    "lora(rank, where, alpha, seed), tune(where)",
+    "bitfit(where), bottleneck(size, where, parallel, width, activation, "
+    "scale, seed), core(rank, where, update, scale), deep_prompt(length, "
+    "where, deviation, seed), dora(rank, where, alpha, scaling, detached, "
+    "seed), head(where), ia3(where, side), last(layers, where), lora(rank, "
+    "where, alpha, scaling, init, residual, seed), norms(where), "
+    "prefix(length, where, deviation, seed), prompt(length, where, "
+    "deviation, seed), ravan(rank, where, heads, seed), sparse(density, "
+    "where, choose, fisher, seed), stack(ranks, where, alpha, seed), "
+    "tune(where), vera(rank, where, first, seed)",
     (),
   )
   loss: Literal["auto", "classification", "next_token"] = _doc(
@@ -110,6 +118,13 @@ class Aggregate:
   )
   watch: bool = _doc(
     "record the error of averaging factors, ranks and angles", False
+  )
+  reduce: Table = _doc(
+    'a robust reduction in place of the sum, {method="krum", byzantine=2}: '
+    "median(), trimmed_mean(trim), geometric_median(steps, eps), "
+    "centered_clip(radius, steps), krum(byzantine), multi_krum(byzantine, "
+    "keep), bulyan(byzantine), norm_filter(factor)",
+    {},
   )
 
 
@@ -183,13 +198,29 @@ class Config:
   placement: Table = _doc(
     'where leaves live, {"head/.*" = "device"}: cloud, device or frozen', {}
   )
+  algorithm: Table = _doc(
+    'what clients and server do, {name="scaffold"} (fedavg): '
+    "flasc(down, up), scaffold(), fednova(momentum), feddyn(alpha), "
+    "mime_lite(momentum), qffl(q, rate), afl(rate), ditto(strength), "
+    "apfl(alpha, adaptive), pfedme(strength, inner_rate, steps, beta), "
+    "per_fedavg(rate, first_order), reptile(rate), fedper(head), "
+    "fedrep(head_steps, head), feddpa(weight, after), hilora(edges), "
+    "local_only(), centralized()",
+    {},
+  )
   aggregate: Aggregate = _section(Aggregate)
+  attack: Table = _doc(
+    'what some clients do wrong, {method="sign_flip", fraction=0.2}: '
+    "label_flip(), sign_flip(factor), scale(factor), gaussian(sigma)",
+    {},
+  )
   client: Client = _section(Client)
   server: Server = _section(Server)
   cohort: Cohort = _section(Cohort)
   uplink: tuple[Table, ...] = _doc(
     'links a report crosses, in order, {link="clip", clip_norm=1.0}: '
-    "clip(clip_norm), weigh(by, max_weight), fixed_point(bits), "
+    "clip(clip_norm), weigh(by, max_weight), count(max_weight) for rules that "
+    "weigh by themselves, fixed_point(bits), "
     "mask(neighbours), int8(block, stochastic), int4(block, stochastic), "
     "quantize(bits, block, stochastic), sign(), rotate(block), "
     "top_k(fraction), rand_k(fraction), lowrank(rank); "

@@ -97,7 +97,7 @@ def choose(
   room = _room()
   most = max(1, -(-cohort // (devices * blocks)))
   if width is None:
-    lane = max(_lane_bytes(algorithm.work, base, examples), 1)
+    lane = max(lane_bytes(algorithm.work, base, examples), 1)
     fit = max(room.memory // 3 // lane, 1)
     if room.cache:
       fit = min(fit, max(room.cache // lane, _CPU_LANES))
@@ -144,8 +144,8 @@ def _power_below(n: int) -> int:
   return 1 << (max(n, 1).bit_length() - 1)
 
 
-def _lane_bytes(job: work.Work, base: PyTree, examples: dict) -> int:
-  """Temporary bytes of one client's step, from the compiler."""
+def lane_bytes(job: work.Work, base: PyTree, examples: dict) -> int:
+  """Bytes that one client's step needs beside the base, from the compiler."""
 
   def one(base, rows):
     sent = work.Sent(

@@ -1,11 +1,12 @@
 """A causal language model of the Llama family, pre-normalized.
 
-One module for Llama, SmolLM, Qwen 2 and 3 and Gemma: what differs is in
-`DecoderConfig`.
+One module for Llama, Mistral, SmolLM, Qwen 2 and 3, Gemma and Gemma 2: what
+differs is in `DecoderConfig`.
 
 Touvron et al., LLaMA, 2023, https://arxiv.org/abs/2302.13971
 Su et al., RoFormer (rotary positions), 2021, https://arxiv.org/abs/2104.09864
 Ainslie et al., Grouped-query attention, 2023, https://arxiv.org/abs/2305.13245
+Gemma Team, Gemma 2, 2024, https://arxiv.org/abs/2408.00118
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjax_peft.models import stack
+from fedjax_peft.models import soft, stack
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": jax.nn.silu,
@@ -44,6 +45,12 @@ class DecoderConfig:
     bias: query, key and value have a bias (Qwen 2).
     head_norm: RMSNorm on each query and key head (Qwen 3).
     embedding_scale: factor on the embedded tokens (Gemma: sqrt(width)).
+    query_scale: factor on the queries; None is 1 / sqrt(head width).
+    post_norm: RMSNorm also on what a block adds (Gemma 2).
+    attention_cap: scores s become cap tanh(s / cap) (Gemma 2); None: as is.
+    logit_cap: the same for the logits.
+    window: tokens that a layer attends to, or None for all. Texts that a
+      window would cut are refused, since windows are not implemented.
     keep: what a block stores for the backward pass: "all", "dots" (matrix
       products; the rest is computed again) or "none" (only its input).
     unroll: repeat the block instead of scanning; see `stack.apply`.
@@ -63,6 +70,11 @@ class DecoderConfig:
   bias: bool = False
   head_norm: bool = False
   embedding_scale: float = 1.0
+  query_scale: float | None = None
+  post_norm: bool = False
+  attention_cap: float | None = None
+  logit_cap: float | None = None
+  window: int | None = None
   keep: str = "dots"
   unroll: bool = False
 
@@ -81,6 +93,10 @@ class DecoderConfig:
       raise ValueError(
         f"rotary heads must have an even width: head_width={self.per_head}"
       )
+    for name in ("query_scale", "attention_cap", "logit_cap", "window"):
+      value = getattr(self, name)
+      if value is not None and value <= 0:
+        raise ValueError(f"{name} must be positive or None: {name}={value}")
     if self.activation not in _ACTIVATIONS:
       raise ValueError(
         f"activation must be one of {sorted(_ACTIVATIONS)}:"
@@ -100,9 +116,11 @@ class Embeddings(nnx.Module):
     self.token = nnx.Embed(config.vocab, config.width, rngs=rngs)
     self.scale = config.embedding_scale
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Tokens int32 `[B, T]` to the stream `[B, T, D]`."""
-    return self.token(tokens) * self.scale
+  def __call__(
+    self, tokens: jax.Array, prompt: nnx.Variable | None = None
+  ) -> jax.Array:
+    """Tokens int32 `[B, T]`, after a prompt `[P, D]`, to `[B, P + T, D]`."""
+    return soft.prepend(prompt, self.token(tokens)) * self.scale
 
 
 class Attention(nnx.Module):
@@ -121,6 +139,10 @@ class Attention(nnx.Module):
     self.key_norm = norm() if config.head_norm else None
     self.width = config.per_head
     self.groups = config.groups
+    self.scale = config.query_scale or config.per_head**-0.5
+    self.cap = config.attention_cap
+    self.prefix = nnx.data(None)
+    self.prefix_shape = (config.groups, config.per_head)
 
   def __call__(self, x: jax.Array, rotation: jax.Array) -> jax.Array:
     """Mixes x `[B, T, D]`; rotation is the table of `_rotation`."""
@@ -134,11 +156,14 @@ class Attention(nnx.Module):
     if self.query_norm is not None and self.key_norm is not None:
       query, key = self.query_norm(query), self.key_norm(key)
     query, key = _rotate(query, rotation), _rotate(key, rotation)
-    query = query * self.width**-0.5
+    query = query * self.scale
+    if self.prefix is not None:  # [B, P + T, groups, d]
+      key, value = self.prefix(key, value)
+    before = key.shape[1] - x.shape[1]
     # One key head serves `r` query heads: [B, T, groups, r, d].
     query = query.reshape(*query.shape[:2], self.groups, -1, self.width)
-    scores = jnp.einsum("bqgrd,bkgd->bgrqk", query, key)
-    causal = jnp.tri(x.shape[1], dtype=bool)
+    scores = _capped(jnp.einsum("bqgrd,bkgd->bgrqk", query, key), self.cap)
+    causal = jnp.tri(x.shape[1], key.shape[1], before, dtype=bool)
     scores = jnp.where(causal[None, None, None], scores, -1e30)
     mixed = jnp.einsum("bgrqk,bkgd->bqgrd", jax.nn.softmax(scores), value)
     return self.output(mixed.reshape(*x.shape[:-1], -1).astype(x.dtype))
@@ -167,19 +192,30 @@ class Block(nnx.Module):
     self.attention = Attention(config, rngs)
     self.ffn_norm = _norm(config.width, config, rngs)
     self.ffn = FeedForward(config, rngs)
+    post = functools.partial(_norm, config.width, config, rngs)
+    self.attention_post_norm = post() if config.post_norm else None
+    self.ffn_post_norm = post() if config.post_norm else None
 
   def __call__(self, x: jax.Array, rotation: jax.Array) -> jax.Array:
     """The stream x `[B, T, D]` after this block."""
-    x = x + self.attention(self.attention_norm(x), rotation)
-    return x + self.ffn(self.ffn_norm(x))
+    added = self.attention(self.attention_norm(x), rotation)
+    if self.attention_post_norm is not None:
+      added = self.attention_post_norm(added)
+    x = x + added
+    added = self.ffn(self.ffn_norm(x))
+    if self.ffn_post_norm is not None:
+      added = self.ffn_post_norm(added)
+    return x + added
 
 
 class Decoder(nnx.Module):
   """Tokens to the logits of each next token.
 
   Layers are at `layers/attention/{query,key,value,output}`,
-  `layers/ffn/{gate,up,down}`, `layers/{attention,ffn}_norm` (stacked over
-  depth), `embeddings/token`, `norm` and, if not tied, `head`.
+  `layers/ffn/{gate,up,down}`, `layers/{attention,ffn}_norm` and, in Gemma 2,
+  `layers/{attention,ffn}_post_norm` (stacked over depth), `embeddings/token`,
+  `norm` and, if not tied, `head`. A `prompt` is embedded like P more words
+  before the others; what comes out in its places is left out.
 
   Example:
     >>> config = DecoderConfig(
@@ -193,6 +229,8 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     self.config = config
+    self.prompt = nnx.data(None)
+    self.prompt_width = config.width
     self.embeddings = Embeddings(config, rngs)
     self.layers = stack.build(
       functools.partial(Block, config), config.depth, rngs
@@ -214,6 +252,9 @@ class Decoder(nnx.Module):
 
     Returns:
       Logits float32 `[B, T, V]`.
+
+    Raises:
+      ValueError: if `T` exceeds `config.window`.
     """
     return self.unembed(self.hidden(tokens, length))
 
@@ -222,22 +263,32 @@ class Decoder(nnx.Module):
   ) -> jax.Array:
     """The normalized stream `[B, T, D]`; arguments as for a call."""
     del length
-    x = self.embeddings(tokens)
-    rotation = _rotation(tokens.shape[-1], self.config)
+    count, window = soft.count(self.prompt), self.config.window
+    if window is not None and count + tokens.shape[-1] > window:
+      raise ValueError(
+        f"attention in a sliding window of {window} tokens is not implemented:"
+        f" tokens.shape={tokens.shape}; cut texts to {window - count} tokens"
+      )
+    x = self.embeddings(tokens, self.prompt)
+    rotation = _rotation(x.shape[1], self.config)
     keep, unroll = self.config.keep, self.config.unroll
     x = stack.apply(self.layers, x, rotation, keep=keep, unroll=unroll)
-    return self.norm(x)
+    return self.norm(x[:, count:] if count else x)
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits float32 `[..., V]` of the stream `[..., D]`."""
-    if self.head is None:
-      return self.embeddings.token.attend(hidden).astype(jnp.float32)
-    return self.head(hidden).astype(jnp.float32)
+    attend = self.embeddings.token.attend if self.head is None else self.head
+    return _capped(attend(hidden).astype(jnp.float32), self.config.logit_cap)
 
 
 def _norm(width, config, rngs):
   """RMSNorm."""
   return nnx.RMSNorm(width, epsilon=config.eps, rngs=rngs)
+
+
+def _capped(x, cap):
+  """Bounds x softly to (-cap, cap)."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _rotation(length, config):

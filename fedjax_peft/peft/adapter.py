@@ -8,13 +8,20 @@ replaces nodes of the clone, and marks what trains by the type of its Variable:
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 
 from fedjax_peft import validate
 
-WRAPPED = "lora_base"
+# Attributes in which a wrapper holds what it wraps, from the inside out: a
+# layer beside which an adapter stands, a layer that is rescaled, any module.
+WRAPPED = ("lora_base", "ia3_base", "adapter_base")
+
+
+# Metadata of an Adapter: how many of its first rows do not train.
+STILL = "rows_that_stay"
 
 
 class Adapter(nnx.Param):
@@ -31,17 +38,25 @@ class Residual(Adapter):
   """An Adapter that no client trains: its receiver alone changes it."""
 
 
+class Frozen(nnx.Param):
+  """A parameter that never trains, in full fine-tuning neither.
+
+  What adapters share (random or orthogonal factors, indices) and quantized
+  kernels: `split` puts them into the base.
+  """
+
+
 def join(path: Iterable) -> str:
   """Name of a path: its parts joined by "/".
 
   A layer inside a wrapper keeps the name it had before it was wrapped: the
-  attribute that holds it (`lora_base`) is left out.
+  attribute that holds it (one of `WRAPPED`) is left out.
 
   Example:
     >>> join(("layers", 0, "query", "lora_base", "kernel"))
     'layers/0/query/kernel'
   """
-  return "/".join(str(part) for part in path if part != WRAPPED)
+  return "/".join(str(part) for part in path if part not in WRAPPED)
 
 
 def find(
@@ -132,7 +147,10 @@ def replace(module: nnx.Module, fun: Callable) -> nnx.Module:
 
 
 def retype(
-  module: nnx.Module, paths: Iterable[tuple], new: type[nnx.Variable]
+  module: nnx.Module,
+  paths: Iterable[tuple],
+  new: type[nnx.Variable],
+  **metadata: Any,
 ) -> nnx.Module:
   """Clones a module with some Variables of another type.
 
@@ -140,16 +158,20 @@ def retype(
     module: any NNX module; untouched.
     paths: of Variables, as `find` returns them; tied Variables stay tied.
     new: type of the new Variables; values and metadata are kept.
+    **metadata: set on the new Variables.
 
   Returns:
     The changed clone.
   """
   paths = set(paths)
   graphdef, state = nnx.split(module, graph=True)
+
+  def one(leaf):
+    kept = {k: v for k, v in leaf.get_metadata().items() if k != STILL}
+    return new.from_metadata(leaf.get_raw_value(), kept | metadata)
+
   leaves = [
-    new.from_metadata(leaf.get_raw_value(), leaf.get_metadata())
-    if path in paths
-    else leaf
+    one(leaf) if path in paths else leaf
     for path, leaf in nnx.to_flat_state(state)
   ]
   return nnx.merge(graphdef, leaves, copy=True)

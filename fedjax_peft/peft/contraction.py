@@ -78,6 +78,21 @@ class Contraction:
     size = dict(zip(kept, self.fan_out, strict=True))
     return bias.reshape([size.get(c, 1) for c in out])
 
+  def spread_rows(self, gain: jax.Array, ndim: int) -> jax.Array:
+    """Reshapes [rows] so that it broadcasts against an input of `ndim`."""
+    if self.equation:
+      left, right, _ = self._letters(ndim)
+      kept = [c for c in right if c in left]
+      size = dict(zip(kept, self.fan_in, strict=True))
+      return gain.reshape([size.get(c, 1) for c in left])
+    axes = sorted(axis % ndim for axis in self.axis)
+    sizes = dict(zip(axes, self.fan_in, strict=True))
+    return gain.reshape([sizes.get(axis, 1) for axis in range(ndim)])
+
+  def stack(self, kernel: jax.Array) -> tuple[int, ...]:
+    """Leading axes of a kernel that the layer does not know of."""
+    return kernel.shape[: kernel.ndim - len(self.fan_in + self.fan_out)]
+
   def matrix(self, kernel: jax.Array) -> jax.Array:
     """[stack, kernel's own axes] -> [stack, rows, columns]."""
     order = self._kernel_order()
@@ -120,7 +135,8 @@ def of(layer: nnx.Module, name: str = "") -> Contraction:
 
   Args:
     layer: nnx.Linear, nnx.LinearGeneral (without batch_axis) or nnx.Einsum
-      (each kernel letter in exactly one of input and output).
+      (each kernel letter in exactly one of input and output), or a layer that
+      carries its Contraction as `contraction`.
     name: the layer's name, for the error message.
 
   Raises:
@@ -130,6 +146,9 @@ def of(layer: nnx.Module, name: str = "") -> Contraction:
     >>> of(nnx.LinearGeneral((2, 3), 4, axis=(-2, -1), rngs=nnx.Rngs(0)))
     Contraction(fan_in=(2, 3), fan_out=(4,), axis=(-2, -1), equation=())
   """
+  own = getattr(layer, "contraction", None)
+  if isinstance(own, Contraction):
+    return own
   if isinstance(layer, nnx.Linear):
     return Contraction((layer.in_features,), (layer.out_features,))
   if isinstance(layer, nnx.LinearGeneral):

@@ -15,7 +15,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from fedjax_peft import validate
-from fedjax_peft.peft import adapter, contraction
+from fedjax_peft.peft import adapter, contraction, quantized
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -100,6 +100,13 @@ class FrozenLinear(nnx.Module):
     self.precision = layer.precision
     self.contraction = shape
 
+  def product(self, x: jax.Array) -> jax.Array:
+    """The rows x [..., K] times the kernel, [..., F], without the bias."""
+    low = self.compute_dtype or x.dtype
+    w = self.kernel[...].astype(low)
+    w_t = None if self.kernel_t is None else self.kernel_t[...].astype(low)
+    return frozen_product(self.precision, x.dtype, 0, x, w, w_t)
+
   def __call__(self, x, out_sharding=None):
     """What the layer it replaces computes, in the chosen precision."""
     if out_sharding is not None:
@@ -109,14 +116,8 @@ class FrozenLinear(nnx.Module):
       )
     out = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
     if self.compute_dtype is None:
-      x, low = x.astype(out), out
-    else:
-      low = self.compute_dtype
-    x = self.contraction.flatten(x)
-    w = self.kernel[...].astype(low)
-    w_t = None if self.kernel_t is None else self.kernel_t[...].astype(low)
-    y = frozen_product(self.precision, x.dtype, 0, x, w, w_t)
-    y = self.contraction.unflatten(y)
+      x = x.astype(out)
+    y = self.contraction.unflatten(self.product(self.contraction.flatten(x)))
     if self.bias is not None:
       y += self.contraction.spread(self.bias[...].astype(y.dtype), y.ndim)
     return y.astype(out)
@@ -132,7 +133,8 @@ def freeze(
   Replaces each nnx.Linear, LinearGeneral and Einsum whose kernel does not
   train, those inside LoRA layers too. Layers with their own dot_general,
   promote_dtype or einsum_op, batch_axis or an einsum that is no single
-  contraction, and all other layers, stay as they are.
+  contraction, and all other layers, stay as they are. Quantized kernels stay
+  quantized and are decoded to the dtype of the product.
 
   Guarantees:
     no gradient is computed for a replaced kernel; under vmap over adapters its
@@ -173,6 +175,9 @@ def freeze(
     return nnx.clone(module, graph=True)
 
   def swap(path, node):
+    if isinstance(node, quantized.QuantizedLinear):
+      node.compute_dtype = compute_dtype
+      return node
     if not _is_plain(node) or isinstance(node.kernel, adapter.Adapter):
       return node
     try:
@@ -182,6 +187,26 @@ def freeze(
     return FrozenLinear(node, shape, compute_dtype, transposed)
 
   return adapter.replace(module, swap)
+
+
+def product(
+  layer: nnx.Module, shape: contraction.Contraction, x: jax.Array
+) -> jax.Array:
+  """Rows times a layer's kernel, without a gradient for the kernel.
+
+  Args:
+    layer: any that a Contraction can be made of, frozen or quantized or not.
+    shape: its Contraction.
+    x: [..., K].
+
+  Returns:
+    float32 [..., F]; the bias is left out.
+  """
+  if isinstance(layer, (FrozenLinear, quantized.QuantizedLinear)):
+    return layer.product(x).astype(jnp.float32)
+  w = shape.matrix(layer.kernel[...])
+  y = frozen_product(layer.precision, x.dtype, 0, x, w, None)
+  return y.astype(jnp.float32)
 
 
 def _is_plain(node):

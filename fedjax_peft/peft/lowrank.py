@@ -1,23 +1,23 @@
 """LoRA: a frozen layer plus a product of two small matrices.
 
-y = base(x) + alpha / rank * (x @ A) @ B, with A ~ normal / sqrt(fan in), B = 0.
+y = base(x) + scale * (x @ A) @ B, with A ~ normal / sqrt(fan in), B = 0.
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021,
 https://arxiv.org/abs/2106.09685
+Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA,
+2023, https://arxiv.org/abs/2312.03732
 """
 
 import functools
 import math
-import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fedjax_peft import validate
-from fedjax_peft.peft import adapter, contraction, frozen
-
-_REFUSED = (nnx.Embed, nnx.Conv, nnx.ConvTranspose)
+from fedjax_peft.peft import adapter, beside
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -70,7 +70,7 @@ def _rows(x):
   return x.reshape(-1, x.shape[-1])
 
 
-class LoRA(nnx.Module):
+class LoRA(beside.Beside):
   """A layer with a low-rank adapter beside it; `lora` puts it in place.
 
   Attributes:
@@ -79,32 +79,33 @@ class LoRA(nnx.Module):
     lora_b: Adapter, float32 [stack, R, F]; F = the layer's outputs.
     lora_residual: Residual, float32 [stack, K, F], added to the kernel, or
       None.
-    scale: alpha / rank.
+    scale: alpha / R, or alpha / sqrt(R).
     contraction: how the layer's kernel meets its input.
-  A stack axis (layers of a deep model under a scan) is gone by the time the
-  layer is called.
   """
 
-  def __init__(self, base, a, b, scale, contraction, residual=None):
-    self.lora_base = base
+  def __init__(self, base, a, b, scale, shape, residual=None):
+    super().__init__(base, shape)
     self.lora_a = adapter.Adapter(a)
     self.lora_b = adapter.Adapter(b)
     self.lora_residual = nnx.data(None)
     if residual is not None:
       self.lora_residual = adapter.Residual(residual)
     self.scale = scale
-    self.contraction = contraction
 
-  def __call__(self, x, *args, **options):
-    """The layer's output plus the adapter's, in the dtype of the layer's."""
-    y = self.lora_base(x, *args, **options)
-    x = self.contraction.flatten(x)
-    side = side_product(self.scale, x, self.lora_a[...], self.lora_b[...])
-    if self.lora_residual is not None:
-      fixed = jax.lax.stop_gradient(self.lora_residual[...])
-      more = x.astype(jnp.float32) @ fixed
-      side = side + jnp.where(more == 0, -0.0, more)
-    return y + self.contraction.unflatten(side).astype(y.dtype)
+  def side(self, x):
+    """Scale * (x @ A) @ B, plus the residual's part."""
+    y = side_product(self.scale, x, self.lora_a[...], self.lora_b[...])
+    if self.lora_residual is None:
+      return y
+    fixed = jax.lax.stop_gradient(self.lora_residual[...])
+    return y + beside.silent(x.astype(jnp.float32) @ fixed)
+
+  def delta(self):
+    """Scale * A @ B, plus the residual."""
+    delta = self.scale * (self.lora_a[...] @ self.lora_b[...])
+    if self.lora_residual is None:
+      return delta
+    return delta + self.lora_residual[...]
 
 
 def lora(
@@ -113,6 +114,8 @@ def lora(
   where: str = r".*/(query|value)",
   *,
   alpha: float | None = None,
+  scaling: str = "rank",
+  init: str = "normal",
   residual: bool = False,
   seed: int = 0,
 ) -> nnx.Module:
@@ -130,7 +133,12 @@ def lora(
     where: regex, matched in full against the "/"-joined name of each layer.
       Layers: nnx.Linear, nnx.LinearGeneral (without batch_axis), nnx.Einsum
       (one contraction); the projections of nnx.MultiHeadAttention are such.
-    alpha: the adapter's output is scaled by alpha / rank; None is 2 * rank.
+    alpha: None is 2 * rank.
+    scaling: the adapter's output is scaled by alpha / rank ("rank") or by
+      alpha / sqrt(rank) ("sqrt", rsLoRA: activations and gradients keep their
+      size as the rank grows).
+    init: A is drawn ("normal"), or the R leading left singular vectors of the
+      kernel ("svd"); B is zero.
     residual: also give each layer a residual, zero [K, F], which no client
       trains: rules that aggregate products exactly keep there what factors
       cannot say.
@@ -142,8 +150,9 @@ def lora(
 
   Raises:
     ValueError: if `where` matches no layer (near names are listed), an Embed or
-      convolution, or a layer with an adapter; if rank < 1 or alpha <= 0;
-      if the module is frozen already.
+      convolution, or a layer with an adapter; if rank < 1 or alpha <= 0; if a
+      kernel has fewer than `rank` singular vectors and `init` is "svd"; if the
+      module is frozen already.
 
   Example:
     >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
@@ -154,94 +163,104 @@ def lora(
     >>> tuned.layers[0].lora_a.shape, tuned.layers[0].lora_b.shape
     ((4, 2), (2, 3))
   """
-  alpha = 2 * rank if alpha is None else alpha
-  validate.at_least(1, rank=rank)
-  validate.positive(alpha=alpha)
-  frozen.refuse(module, "lora")
-  layers = _layers(module, where)
-  key = jax.random.key(seed)
+  scale = scale_of(rank, alpha, scaling)
+  validate.one_of(("normal", "svd"), init=init)
 
-  def wrap(path, node):
-    if path not in layers:
-      return node
-    name = adapter.join(path)
-    shape = contraction.of(node, name)
-    kernel = node.kernel
-    stack = kernel.shape[: kernel.ndim - len(shape.fan_in + shape.fan_out)]
-    layer_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    a = jax.random.normal(layer_key, (*stack, shape.rows, rank), jnp.float32)
+  def make(layer, site):
+    shape, stack = site.shape, site.stack
+    a = first_a(site, rank)
+    if init == "svd":
+      a, *_ = beside.leading(beside.matrix(layer, shape), rank, site.name)
     b = jnp.zeros((*stack, rank, shape.columns), jnp.float32)
     side = None
     if residual:
       side = jnp.zeros((*stack, shape.rows, shape.columns), jnp.float32)
-    a = a / math.sqrt(shape.rows)
-    return LoRA(node, a, b, alpha / rank, shape, side)
+    return LoRA(layer, a, b, scale, shape, side)
 
-  return adapter.replace(module, wrap)
-
-
-def _layers(module, where):
-  """Paths of the layers to wrap; refuses what cannot be wrapped."""
-  found = adapter.find(module, (*contraction.LAYERS, *_REFUSED, LoRA))
-  names = {
-    path: names
-    for path, (_, names) in found.items()
-    if path[-1:] != (adapter.WRAPPED,)
-  }
-  chosen = adapter.select(where, names, "layer that LoRA can wrap")
-  for path in chosen:
-    node, name = found[path][0], adapter.join(path)
-    if isinstance(node, LoRA):
-      raise ValueError(
-        f"a layer takes one adapter: {name!r} has one and {where=} matches it; "
-        "leave it out of where"
-      )
-    if isinstance(node, _REFUSED):
-      raise ValueError(
-        f"LoRA is for Linear, LinearGeneral and Einsum: {where=} matches "
-        f"{name!r} of type {type(node).__name__}; leave it out, or train "
-        "it as it is with tune"
-      )
-  return chosen
+  return beside.wrap(module, where, "lora", make, seed)
 
 
-def merged(module: nnx.Module) -> nnx.Module:
-  """Folds low-rank adapters into the kernels: plain layers again.
+def first_a(site: beside.Site, rank: int) -> jax.Array:
+  """The initial A of a layer, float32 [stack, K, R]: normal / sqrt(K)."""
+  size = (*site.stack, site.shape.rows, rank)
+  a = jax.random.normal(site.key, size, jnp.float32)
+  return a / math.sqrt(site.shape.rows)
 
-  Args:
-    module: a module with LoRA layers, not frozen (a bfloat16 kernel could not
-      hold the sum); untouched.
 
-  Returns:
-    A clone without LoRA layers; kernel + alpha / rank * A @ B is summed in
-    float32 and has the kernel's dtype. Every Adapter becomes an nnx.Param.
-
-  Raises:
-    ValueError: if the module is frozen.
+def scale_of(
+  rank: int, alpha: float | None = None, scaling: str = "rank"
+) -> float:
+  """The factor on A @ B, from arguments as those of `lora`.
 
   Example:
-    >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    >>> plain = merged(lora(model, rank=2, where=".*"))
-    >>> type(plain).__name__
-    'Linear'
-    >>> bool((plain.kernel[...] == model.kernel[...]).all())
-    True
+    >>> scale_of(16), scale_of(16, 8), scale_of(16, 8, "sqrt")
+    (2.0, 0.5, 2.0)
   """
-  frozen.refuse(module, "merged")
+  validate.at_least(1, rank=rank)
+  validate.one_of(("rank", "sqrt"), scaling=scaling)
+  alpha = 2 * rank if alpha is None else alpha
+  validate.positive(alpha=alpha)
+  return alpha / (rank if scaling == "rank" else math.sqrt(rank))
 
-  def fold(path, node):
-    del path
-    if not isinstance(node, LoRA):
-      return node
-    layer = node.lora_base
-    delta = node.scale * (node.lora_a[...] @ node.lora_b[...])
-    if node.lora_residual is not None:
-      delta = delta + node.lora_residual[...]
-    old = layer.kernel[...]
-    new = old.astype(jnp.float32) + node.contraction.kernel(delta)
-    # A new Variable: another layer that shares the old one keeps its own.
-    layer.kernel = layer.kernel.copy(new.astype(old.dtype))
-    return layer
 
-  plain = adapter.replace(module, fold)
-  return adapter.retype(plain, adapter.find(plain, adapter.Adapter), nnx.Param)
+def rerank(
+  params: Mapping[str, jax.Array],
+  rank: int,
+  *,
+  alpha: float | None = None,
+  new_alpha: float | None = None,
+  scaling: str = "rank",
+) -> dict[str, jax.Array]:
+  """Says the same with factors of a larger rank.
+
+  New columns of A and new rows of B are zero, and B takes up the change of the
+  scale, so that a module of the new rank computes what one of the old rank
+  did, up to the order of its sums. Where A and B are both zero no gradient
+  flows: new directions wake up when a receiver adds to them, as rules for
+  clients of different ranks do.
+
+  Args:
+    params: {path: array} with .../lora_a [..., K, R] and .../lora_b
+      [..., R, F]; others pass. R may differ between layers.
+    rank: R' >= every R.
+    alpha: as it was given to `lora` for the old rank.
+    new_alpha: as it is given for the new rank.
+    scaling: as in `lora`.
+
+  Returns:
+    The params with lora_a [..., K, R'] and lora_b [..., R', F].
+
+  Raises:
+    ValueError: if a rank would shrink, or there is no lora_a.
+
+  Example:
+    >>> p = {"q/lora_a": jnp.ones((4, 2)), "q/lora_b": jnp.ones((2, 3))}
+    >>> {name: x.shape for name, x in rerank(p, 8).items()}
+    {'q/lora_a': (4, 8), 'q/lora_b': (8, 3)}
+  """
+  new_scale = scale_of(rank, new_alpha, scaling)
+  moved, found = {}, False
+  for name, value in params.items():
+    leaf = name.rsplit("/", 1)[-1]
+    moved[name] = value
+    if leaf not in ("lora_a", "lora_b"):
+      continue
+    found = True
+    axis = -1 if leaf == "lora_a" else -2
+    old = value.shape[axis]
+    if old > rank:
+      raise ValueError(
+        f"rank must be at least that of every adapter: {rank=} but {name!r} "
+        f"has {old}; zero padding cannot drop directions"
+      )
+    pad = [(0, 0)] * value.ndim
+    pad[axis] = (0, rank - old)
+    if leaf == "lora_b":
+      value = value * (scale_of(old, alpha, scaling) / new_scale)
+    moved[name] = jnp.pad(value, pad)
+  if not found:
+    raise ValueError(
+      "rerank needs params with lora_a and lora_b: got "
+      f"{sorted(params)[:8]}; pass split(lora(module)).params"
+    )
+  return moved

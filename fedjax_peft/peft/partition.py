@@ -8,9 +8,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from fedjax_peft.peft import adapter
+
+_STILL = "/still"
 
 
 @jax.tree_util.register_static
@@ -52,10 +55,12 @@ def split(module: nnx.Module) -> Split:
     module: any NNX module; untouched.
 
   Returns:
-    A Split. `params` are the Adapters, or every nnx.Param if there is none
-    (full fine-tuning); `rng` are the nnx.RngState; `mutable` are the Variables
-    of other types than these and nnx.Param; `base` is the rest. A tied array is
-    there once, under its first name.
+    A Split. `params` are the Adapters, or every nnx.Param but the Frozen ones
+    if there is none (full fine-tuning); `rng` are the nnx.RngState; `mutable`
+    are the Variables of other types than these and nnx.Param; `base` is the
+    rest. A tied array is there once, under its first name. Of an Adapter that
+    trains its last rows only (`last`), these are in `params`, and those before
+    them in `base` under its name and "/still".
 
   Raises:
     ValueError: if two arrays have the same name.
@@ -85,7 +90,10 @@ def split(module: nnx.Module) -> Split:
     if not isinstance(leaf, nnx.Variable):
       parts.base[name] = leaf
       continue
-    if isinstance(leaf, trained):
+    value = leaf.get_raw_value()
+    if isinstance(leaf, adapter.Frozen):
+      part = parts.base
+    elif isinstance(leaf, trained):
       part = parts.params
     elif isinstance(leaf, nnx.Param):
       part = parts.base
@@ -93,7 +101,10 @@ def split(module: nnx.Module) -> Split:
       part = parts.rng
     else:
       part = parts.mutable
-    part[name] = leaf.get_raw_value()
+    still = leaf.get_metadata().get(adapter.STILL, 0)
+    if still and isinstance(leaf, adapter.Adapter):
+      parts.base[name + _STILL], value = value[:still], value[still:]
+    part[name] = value
   return parts
 
 
@@ -132,6 +143,11 @@ def merge(
     Array([1., 1., 1.], dtype=float32)
   """
   arrays = {**base, **mutable, **rng, **params}
+  for name in [name for name in base if name.endswith(_STILL)]:
+    whole = name.removesuffix(_STILL)
+    if whole in params:
+      rows = (jax.lax.stop_gradient(arrays.pop(name)), params[whole])
+      arrays[whole] = jnp.concatenate(rows)
   if arrays.keys() != set(graph.names):
     missing = [name for name in graph.names if name not in arrays]
     unknown = [name for name in arrays if name not in set(graph.names)]

@@ -124,11 +124,13 @@ def table() -> str:
     "up",
     "down",
     "source",
+    "tested by",
   ]
   rows = [head]
   for rule in (*(make() for make in RULES.values()), *COMPOSED.values()):
     flags = [_word(getattr(rule, f)) for f in _FLAGS]
-    rows.append([rule.name, *flags, rule.up, rule.down, rule.source])
+    texts = (rule.up, rule.down, rule.source, f"pytest -k {rule.name}")
+    rows.append([rule.name, *flags, *texts])
   widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
   return "\n".join(
     "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()

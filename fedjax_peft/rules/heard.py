@@ -214,9 +214,13 @@ def _stacked(heard, pair, a, b):
   """Sum of p_i (a - dA_i)(b - dB_i), side by side."""
   left = _upright(pair.a, a)[..., None, :, :] - heard.rows[pair.a]
   right = b[..., None, :, :] - heard.rows[pair.b]  # [stack, C, R, F]
-  flat = [x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (left, right)]
   weights = jnp.repeat(heard.weights, a.shape[-1])
-  return product.Stack(*flat, weights)
+  return product.Stack(_side_by_side(left), _side_by_side(right), weights)
+
+
+def _side_by_side(x):
+  """[stack, C, R, N] -> [stack, C R, N]."""
+  return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def _matmul(a, b):

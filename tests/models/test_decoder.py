@@ -99,6 +99,22 @@ def test_an_untied_head_is_its_own_matrix():
   assert untied["head"]["kernel"][...].shape == (24, 50)
 
 
+def test_capped_logits_stay_below_the_cap_and_keep_their_order():
+  x = tokens()
+  plain, capped = run(decoder(), x), run(decoder(logit_cap=1.0), x)
+  assert jnp.abs(plain).max() > 1 > jnp.abs(capped).max()
+  np.testing.assert_array_equal(plain.argmax(-1), capped.argmax(-1))
+  np.testing.assert_allclose(capped, jnp.tanh(plain), rtol=1e-5)
+
+
+def test_scores_capped_near_zero_attend_to_all_alike():
+  """Then the last place sees a set: order of the others is not seen."""
+  model = decoder(attention_cap=1e-9, depth=1, post_norm=True)
+  x = jnp.array([[5, 6, 7], [6, 5, 7]], jnp.int32)
+  last = run(model, x)[:, -1]
+  np.testing.assert_allclose(last[0], last[1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
@@ -108,6 +124,8 @@ def test_an_untied_head_is_its_own_matrix():
     ({"activation": "relu"}, "activation must be one of"),
     ({"groups": 0}, "groups must be at least 1"),
     ({"keep": "some"}, "keep must be one of"),
+    ({"window": 0}, "window must be positive or None"),
+    ({"logit_cap": -1.0}, "logit_cap must be positive or None"),
   ],
 )
 def test_a_config_that_cannot_work_is_refused(fields, message):

@@ -25,7 +25,7 @@ FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture(params=["bert", "llama"])
+@pytest.fixture(params=["bert", "llama", "vit"])
 def directory(request, tmp_path):
   """A copy of a small checkpoint."""
   return pathlib.Path(
@@ -41,6 +41,11 @@ def llama(tmp_path):
 @pytest.fixture
 def bert(tmp_path):
   return pathlib.Path(shutil.copytree(REFERENCE / "bert", tmp_path / "bert"))
+
+
+@pytest.fixture
+def vit(tmp_path):
+  return pathlib.Path(shutil.copytree(REFERENCE / "vit", tmp_path / "vit"))
 
 
 def edit(directory, change):
@@ -114,7 +119,7 @@ def test_pretraining_heads_are_left_aside(bert):
 
 
 def test_a_missing_tensor_is_listed(directory):
-  lost = sorted(safetensors_numpy.load_file(directory / FILE))[-1]
+  lost = sorted(safetensors_numpy.load_file(directory / FILE))[0]
 
   def change(tensors):
     del tensors[lost]
@@ -187,6 +192,52 @@ def test_an_architecture_that_is_not_ours_is_refused(llama, settings, message):
     models.load(llama)
 
 
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"qkv_bias": False}, "qkv_bias=False"),
+    ({"use_swiglu_ffn": True}, "use_swiglu_ffn=True"),
+    ({"hidden_act": "silu"}, "hidden_act='silu'"),
+    ({"patch_size": 6}, "patch must divide image_size"),
+  ],
+)
+def test_a_vision_model_that_is_not_ours_is_refused(vit, settings, message):
+  configure(vit, **settings)
+  with pytest.raises(ValueError, match=message):
+    models.load(vit)
+
+
+def test_a_text_longer_than_a_sliding_window_is_refused(tmp_path):
+  for kind, settings in (
+    ("gemma2", {}),
+    ("mistral", {}),
+    ("qwen2", {"use_sliding_window": True}),
+  ):
+    path = shutil.copytree(REFERENCE / kind, tmp_path / kind)
+    configure(pathlib.Path(path), sliding_window=5, **settings)
+    model = models.load(path)
+    fits, longer = jnp.ones((1, 5), jnp.int32), jnp.ones((1, 6), jnp.int32)
+    assert nnx.eval_shape(lambda m, x: m(x), model, fits).shape == (1, 5, 40)
+    with pytest.raises(ValueError, match=r"window of 5 .*\(1, 6\)"):
+      nnx.eval_shape(lambda m, x: m(x), model, longer)
+
+
+def test_without_a_preprocessor_pixels_are_normalized_as_was_usual(vit):
+  assert models.load(vit).config.mean == (0.4, 0.5, 0.6)
+  (vit / "preprocessor_config.json").unlink()
+  assert models.load(vit).config.std == (0.5, 0.5, 0.5)
+  configure(vit, model_type="deit")
+  with pytest.raises(ValueError, match="missing .*distillation_token"):
+    models.load(vit)
+
+
+def test_lists_of_a_configuration_file_become_part_of_the_model(vit):
+  model = models.load(vit, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
+  assert model.config.std == (1.0, 1.0, 1.0)
+  assert models.load("cnn", hidden=[5]).config.hidden == (5,)
+  hash(nnx.graphdef(model))  # jit asks for it
+
+
 def test_a_damaged_config_is_refused(llama):
   settings = json.loads((llama / "config.json").read_text())
   del settings["hidden_size"]
@@ -254,7 +305,8 @@ def test_a_name_that_is_nothing_is_refused(tmp_path):
 
 
 def test_every_random_model_has_the_name_it_is_listed_under():
-  assert models.names()[:2] == ("minilm", "smollm2")
+  assert models.names()[:3] == ("minilm", "smollm2", "dinov2_small")
+  assert {"encoder", "decoder", "vit", "cnn"} <= set(models.names())
   small = models.load("decoder", width=16, heads=2, groups=1, vocab=30)
   assert small.config.width == 16
   exact = nnx.eval_shape(lambda: models.load("minilm-random"))
@@ -263,6 +315,11 @@ def test_every_random_model_has_the_name_it_is_listed_under():
   assert count == 22_713_216 - 384 * 385
   exact = nnx.eval_shape(lambda: models.load("smollm2-random"))
   assert sum(leaf.size for leaf in weights(exact)) == 134_515_008
+  exact = nnx.eval_shape(
+    lambda: models.load("dinov2_small-random", image_size=518)
+  )
+  # The tensor values of the file.
+  assert sum(leaf.size for leaf in weights(exact)) == 22_056_192
 
 
 def test_a_tokenizer_neither_truncates_nor_pads(tmp_path):

@@ -19,8 +19,8 @@ REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 
 @nnx.jit
-def run(model, tokens, length=None):
-  return model(tokens, length)
+def run(model, *features):
+  return model(*features)
 
 
 def read(path):
@@ -34,7 +34,15 @@ def check(came, expected, limit):
   assert error <= limit
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "qwen2", "qwen3", "gemma"])
+@nnx.jit
+def hidden(model, image):
+  return model.hidden(image)
+
+
+@pytest.mark.parametrize(
+  "kind",
+  ["bert", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"],
+)
 def test_a_small_checkpoint_gives_the_outputs_of_transformers(kind, tol):
   model = models.load(REFERENCE / kind)
   expected = read(REFERENCE / kind / "expected.npz")
@@ -46,6 +54,25 @@ def test_a_small_checkpoint_gives_the_outputs_of_transformers(kind, tol):
     came, values = came[valid], values[valid]
   # 3 layers of 4 products each, at most 24 terms a product.
   check(came, values, tol(jnp.float32, 3 * 4 * 24))
+
+
+@pytest.mark.parametrize(
+  "kind", ["vit", "deit", "dinov2", "dinov2_with_registers"]
+)
+@pytest.mark.parametrize("size", [28, 42, 21])
+def test_a_small_vision_checkpoint_gives_the_outputs_of_transformers(
+  kind, size, tol
+):
+  """At the size of its positions, and at two that they are resized to."""
+  model = models.load(REFERENCE / kind, image_size=size)
+  expected = read(REFERENCE / kind / "expected.npz")
+  image = jnp.asarray(expected["image"][:, :size, :size])
+  # 3 layers of 4 products each, at most 36 terms, and patches of 147.
+  limit = tol(jnp.float32, 3 * 4 * 36 + 147)
+  check(hidden(model, image), expected[f"hidden{size}"], limit)
+  if f"pooler{size}" in expected:
+    model = models.load(REFERENCE / kind, image_size=size, pooler=True)
+    check(run(model, image), expected[f"pooler{size}"], limit)
 
 
 @pytest.mark.data
@@ -108,3 +135,23 @@ def test_the_smollm2_tokenizer_is_that_of_the_reference():
   assert tokenizer.decode(ids) == expected["prompt"]
   special = tokenizer.encode("<|im_start|>user").ids
   assert special[0] == expected["tokens"][0]
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [56, 112, 224])
+def test_dinov2_small_gives_the_features_of_onnxruntime(size, tol):
+  model = models.load("dinov2_small", image_size=size)
+  expected = read(REFERENCE / "dinov2_small.npz")
+  times = size // 28
+  image = expected["image"].repeat(times, 1).repeat(times, 2)
+  came = hidden(model, jnp.asarray(image))[:, :: 2 * times, ::3]
+  check(came, expected[f"hidden{size}"], tol(jnp.float32, 1536))
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_dinov2_small_pools_both_and_gets_a_new_head():
+  model = models.load("dinov2_small", image_size=56, classes=10)
+  assert model.head.kernel[...].shape == (2 * 384, 10)
+  assert run(model, jnp.zeros((2, 28, 28), jnp.uint8)).shape == (2, 10)

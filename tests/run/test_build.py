@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_peft import build, config
+from fedjax_peft import build, compose, config
 
 TINY = {"model": {"name": "encoder"}, "data": {"name": "sotu"}}
 
@@ -80,5 +80,5 @@ def test_a_server_optimizer_is_the_one_named(name, reference):
 
 def test_links_are_chained_in_order():
   tables = [{"link": "clip", "clip_norm": 1.0}, {"link": "weigh"}]
-  assert build._chain(tables, "uplink").name == "clip > weigh"
-  assert build._chain([], "downlink").name == "identity"
+  assert compose.chain_of(tables, "uplink").name == "clip > weigh"
+  assert compose.chain_of([], "downlink").name == "identity"

@@ -10,7 +10,7 @@ import jax
 import pyarrow.parquet
 import pytest
 
-from fedjax_peft import __main__, build, checkpoint, record, schema
+from fedjax_peft import __main__, build, checkpoint, compose, record, schema
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -213,7 +213,15 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tiny, capsys):
     ("cohort.size=12", "at most the 11 clients to train on, got 12"),
     ("model.name=minilmm", "'minilmm'"),
     ('model.peft=[{method="lora", where=".*/qery"}]', r"qery.*query"),
-    ('model.peft=[{method="lorra"}]', "method must be one of lora, tune"),
+    ('model.peft=[{method="lorra"}]', "did you mean 'lora'"),
+    ('aggregate.rule={method="flexlor"}', "did you mean 'flexlora'"),
+    ("aggregate.rule={rank=3}", "must say its method"),
+    ('aggregate.rule={method="ffa", rank=3}', r"ffa\(\)"),
+    ("aggregate.ranks={4=0.5}", "sum to one"),
+    ('algorithm={name="scafold"}', "did you mean 'scaffold'"),
+    ('algorithm={name="ditto"}', "strength"),
+    ('aggregate.reduce={method="krumm"}', "did you mean 'krum'"),
+    ('attack={method="flip"}', "sign_flip"),
     ("model.options={widht=3}", "widht"),
     ("data.name=sotuu", "'sotuu'"),
     ("data.client=3", "'client'.*'clients'"),
@@ -250,7 +258,7 @@ def test_help_teaches_every_key_and_every_option_of_links(capsys):
   out = capsys.readouterr().out
   for key in schema.fields():
     assert f"  {key.name}  {key.expected()}" in out
-  for name, factory in (build.LINKS | build.PEFT).items():
+  for name, factory in (compose.LINKS | build.PEFT).items():
     own = [p for p in inspect.signature(factory).parameters if p != "module"]
     assert f"{name}({', '.join(own)})" in out
 

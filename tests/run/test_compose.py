@@ -1,0 +1,115 @@
+"""Composing: every method that a config can name builds and starts."""
+
+import jax
+import pytest
+
+from fedjax_peft import build, compose, config
+from fedjax_peft import rules as rules_lib
+
+ALGORITHMS = {
+  "afl": "rate=0.1",
+  "apfl": "adaptive=true",
+  "centralized": "",
+  "ditto": "strength=0.1",
+  "fedavg": "",
+  "feddpa": "weight=0.5",
+  "feddyn": "alpha=0.1",
+  "fednova": "momentum=0.0",
+  "fedper": 'head="head/.*"',
+  "fedrep": 'head_steps=1, head="head/.*"',
+  "flasc": "down=0.5, up=0.5",
+  "hilora": "edges=2",
+  "local_only": "",
+  "mime_lite": "momentum=0.5",
+  "per_fedavg": "rate=0.1",
+  "pfedme": "strength=1.0, inner_rate=0.1",
+  "qffl": "q=1.0, rate=0.1",
+  "reptile": "rate=0.5",
+  "scaffold": "",
+}
+LORA = '{method="lora", rank=2}, {method="tune", where="head/.*"}'
+PEFT = {
+  "feddpa": '{method="stack", ranks={shared=2, personal=2}}',
+  "hilora": '{method="stack", ranks={shared=2, cluster=2, personal=2}}',
+}
+
+
+def built(tiny, *overrides) -> build.Parts:
+  return build.build(config.load(tiny, list(overrides)))
+
+
+def test_every_algorithm_of_a_config_is_listed_here():
+  assert set(ALGORITHMS) == set(compose.ALGORITHMS)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_built_by_its_name(tiny, name):
+  options = ALGORITHMS[name]
+  comma = ", " if options else ""
+  parts = built(
+    tiny,
+    f"model.peft=[{PEFT.get(name, LORA)}]",
+    f'algorithm={{name="{name}"{comma}{options}}}',
+  )
+  assert jax.tree.leaves(parts.state.nodes)
+  if name == "centralized":
+    assert len(parts.data) == 1
+
+
+@pytest.mark.parametrize("name", rules_lib.RULES)
+def test_a_rule_is_built_by_its_name(tiny, name):
+  link = "weigh" if rules_lib.RULES[name]().linear else "count"
+  parts = built(
+    tiny,
+    f"model.peft=[{LORA}]",
+    f'aggregate.rule={{method="{name}"}}',
+    f'uplink=[{{link="{link}"}}]',
+    "server.optimizer=sgd",
+  )
+  residuals = [k for k in parts.model.params if k.endswith("lora_residual")]
+  assert bool(residuals) == rules_lib.RULES[name]().residual
+
+
+@pytest.mark.parametrize(
+  "table",
+  [
+    'method="median"',
+    'method="trimmed_mean", trim=0.2',
+    'method="geometric_median"',
+    'method="centered_clip", radius=1.0',
+    'method="krum", byzantine=1',
+    'method="multi_krum", byzantine=1',
+    'method="bulyan", byzantine=0',
+    'method="norm_filter"',
+  ],
+)
+def test_a_reduction_is_built_by_its_name(tiny, table):
+  parts = built(tiny, f"aggregate.reduce={{{table}}}", "uplink=[]")
+  assert not parts.algorithm.tiers[0].reduce.linear
+
+
+def test_shares_of_ranks_are_given_to_the_clients(tiny):
+  overrides = (
+    f"model.peft=[{LORA}]",
+    'aggregate.rule={method="fedit"}',
+    "aggregate.ranks={1=0.5, 2=0.5}",
+  )
+  ranks = built(tiny, *overrides).data.traits["rank"]
+  half = len(ranks) // 2
+  assert sorted(ranks) == [1] * half + [2] * (len(ranks) - half)
+  assert (built(tiny, *overrides).data.traits["rank"] == ranks).all()
+
+
+@pytest.mark.parametrize(
+  "table",
+  [
+    '"sign_flip"',
+    '"label_flip"',
+    '"scale", factor=3.0',
+    '"gaussian", sigma=1.0',
+  ],
+)
+def test_an_attack_is_built_by_its_name(tiny, table):
+  parts = built(tiny, f"attack={{method={table}, fraction=0.25}}")
+  assert parts.data.traits["attacker"].sum() == round(0.25 * len(parts.data))
+  assert "attacker" in parts.algorithm.work.traits
