@@ -68,8 +68,10 @@ _PUBLIC = {
     "Moment",
     "Sent",
     "Work",
+    "Slope",
     "gradient",
     "local",
+    "slope",
     "train",
   ),
 }

@@ -113,7 +113,9 @@ def algorithm_of(
     given = {k: v for k, v in given.items() if k not in taken}
   known = inspect.signature(factory).parameters
   if "clients" in known:
-    given["clients"] = int(population.seen.sum())
+    everyone = len(population)
+    seen = int(population.seen.sum())
+    given["clients"] = everyone if name == "afl" else seen
   if name == "centralized":
     given |= {"data": population, "cohort": run.cohort.size}
   if name == "pfedme":

@@ -6,7 +6,7 @@ from the same numbers.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,9 +56,11 @@ def evaluation(
 ) -> Callable[[round_lib.State], Report]:
   """Evaluates a state on held-out data, client by client.
 
-  Every client is tested on its own held-out examples, with the leaves that
-  live on it where the algorithm has such; clients never trained on are
-  reported apart (`unseen/...`), and so is the central test set (`test/...`).
+  Every client is tested on its own held-out examples, with the model that the
+  algorithm makes of what it is sent and of what lives on it (`Work.view`);
+  clients never trained on, of which nothing but initial values lives anywhere,
+  are reported apart (`unseen/...`), and so is the central test set
+  (`test/...`) where all use the same model.
 
   Args:
     algorithm: whose placement says what is personal.
@@ -88,10 +90,15 @@ def evaluation(
       np.linspace(0, tested.size - 1, clients).round().astype(int)
     ]
   heldout = data.heldout if clients is None else _only(data.heldout, tested)
-  tiers = algorithm.tiers
+  tiers, view = algorithm.tiers, algorithm.work.view
   # What the top holds for all.
   shared = (tiers[-1].name, placement.FROZEN, placement.SERVED)
-  owned = [k for k, v in algorithm.work.placement.items() if v not in shared]
+  labels = algorithm.work.placement
+  owned = [
+    k
+    for k in _read(view, algorithm.work.params, model.params)
+    if labels.get(k, tiers[-1].name) not in shared
+  ]
   score = scorer(model, data.examples, settings, batch)
   central_rows = data.test if clients is None else data.test[:0]
   # Clients may share examples with each other and with the central test set.
@@ -100,19 +107,21 @@ def evaluation(
   )
   held = heldout.rows.size
   if personalize is not None:
-    tune = _tune(model, personalize, owned)
+    tune = _tune(model, personalize, owned, view)
     tuning = vectorize.compiled(tune, settings)
 
   @functools.cache
   def prepared(personal: bool) -> tuple[work.Work, Callable]:
-    """The job and its program: testing, of all leaves where personalized."""
-    names = list(algorithm.work.params) if personal else owned
-    job = _test(model, names, batch)
+    """The job and its program: testing, of whole models where personalized."""
+    if personal:
+      job = _test(model, sorted(model.params.keys() - model.served), batch)
+    else:
+      job = _test(model, owned, batch, view)
     return job, vectorize.compiled(job, settings)
 
   def of_clients(state):
     """Rows [N, ...] of the leaves that live on a client or at its edge."""
-    local = dict(state.clients.local)
+    local = {k: v for k, v in state.clients.local.items() if k in owned}
     edge = np.arange(len(data)) % tiers[0].size
     for node, tier in zip(state.nodes, tiers[:-1], strict=False):
       at = edge * tier.size // tiers[0].size
@@ -150,7 +159,7 @@ def evaluation(
     if owned:
       scores = on_clients(state, of_clients(state))
     else:
-      found = score(state.params, model.base, unique)
+      found = score(view(state.params), model.base, unique)
       found = jax.tree.map(lambda x: x[place], found)
       mine = jax.tree.map(lambda x: x[:held], found)
       scores = per_client(mine, heldout, tested)
@@ -299,14 +308,36 @@ def _only(rows: data_lib.Ragged, clients: np.ndarray) -> data_lib.Ragged:
   )
 
 
-def _test(model: objective.Model, owned: list, batch: int) -> work.Work:
+def _read(view: Callable, params: dict, wanted: Iterable[str]) -> list[str]:
+  """Names of the leaves from which a view makes those of the model."""
+
+  def made(params):
+    seen = view(params)
+    return {k: seen[k] for k in wanted}
+
+  names = sorted(params)  # as jax flattens a dict
+  jaxpr = jax.make_jaxpr(made)(dict(params)).jaxpr
+  used = {id(x) for x in jaxpr.outvars}
+  used |= {id(x) for step in jaxpr.eqns for x in step.invars}
+  inputs = zip(names, jaxpr.invars, strict=True)
+  return [name for name, x in inputs if id(x) in used]
+
+
+def _same(params: dict) -> dict:
+  """The view of a client whose model is what it holds."""
+  return params
+
+
+def _test(
+  model: objective.Model, owned: list, batch: int, view: Callable = _same
+) -> work.Work:
   """Testing as a job: the metrics are its stats, and nothing is reported."""
 
   def init(sent, base, local, client):
     return {k: local[k] for k in owned}
 
   def step(carry, sent, base, batch):
-    params = sent.params | carry
+    params = view(sent.params | carry)
     each, metrics, _ = model.loss(params, base, batch.examples, batch.key)
     metrics = {"loss": (each, jnp.ones_like(each)), **metrics}
     return carry, work.masked_metrics(batch.mask, metrics)
@@ -318,12 +349,15 @@ def _test(model: objective.Model, owned: list, batch: int) -> work.Work:
   return work.Work(init, step, finish, model.params, {}, how)
 
 
-def _tune(model: objective.Model, how: work.Local, owned: list) -> work.Work:
+def _tune(
+  model: objective.Model, how: work.Local, owned: list, view: Callable
+) -> work.Work:
   """Training as a job whose message is the client's own parameters."""
   job = work.train(model, how, rules={".*": placement.DEVICE}, tiers=("cloud",))
 
   def init(sent, base, local, client):
-    start = sent.params | {k: local[k] for k in owned}
+    seen = view(sent.params | {k: local[k] for k in owned})
+    start = {k: v for k, v in seen.items() if k in model.params}
     return job.init(sent, base, start, client)
 
   def finish(carry, sent):

@@ -239,13 +239,13 @@ def train(
         for k, g in grads.items()
       }
     trained = {k: active(k, now) for k in weights} if active else {}
-    grads = {k: _if(trained.get(k), g, jnp.zeros_like(g)) for k, g in grads.items()}
+    grads = {
+      k: _if(trained.get(k), g, jnp.zeros_like(g)) for k, g in grads.items()
+    }
     optimizer = optax.with_extra_args_support(
       how.optimizer(sent.extras["round"])
     )
-    updates, opt = optimizer.update(
-      grads, carry.opt, weights, sent=sent.params
-    )
+    updates, opt = optimizer.update(grads, carry.opt, weights, sent=sent.params)
     new = optax.apply_updates(weights, updates)
     new = {k: _if(trained.get(k), v, weights[k]) for k, v in new.items()}
     new |= {k: changed[k] for k in changed_names}

@@ -1,0 +1,39 @@
+"""Algorithms: known ways to federate, each a few leaves and a few lines more.
+
+Every one is a function (model, local, *, ...) -> Algorithm. What it remembers
+or sends beside the model is leaves, so it crosses the links and is counted.
+"""
+
+from fedjax_peft.algorithms.adapters import feddpa, hilora
+from fedjax_peft.algorithms.baseline import centralized, local_only, pooled
+from fedjax_peft.algorithms.contrast import moon
+from fedjax_peft.algorithms.drift import feddyn, fednova, mime_lite, scaffold
+from fedjax_peft.algorithms.fairness import afl, qffl
+from fedjax_peft.algorithms.meta import per_fedavg, reptile
+from fedjax_peft.algorithms.partial import fedper, fedrep
+from fedjax_peft.algorithms.personal import apfl, ditto, pfedme
+from fedjax_peft.algorithms.stacked import mix, stack
+
+__all__ = [
+  "afl",
+  "apfl",
+  "centralized",
+  "ditto",
+  "feddpa",
+  "feddyn",
+  "fednova",
+  "fedper",
+  "fedrep",
+  "hilora",
+  "local_only",
+  "mime_lite",
+  "mix",
+  "moon",
+  "per_fedavg",
+  "pfedme",
+  "pooled",
+  "qffl",
+  "reptile",
+  "scaffold",
+  "stack",
+]
