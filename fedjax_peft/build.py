@@ -123,6 +123,8 @@ def _model(
       )
     options["classes"] = classes
   module = models.load(run.model.name, **options | run.model.options)
+  if run.model.quantize != "no":
+    module = peft.quantize_base(module, run.model.quantize)
   for i, table in enumerate(run.model.peft):
     where = f"model.peft.{i}"
     method, rest = compose.named(PEFT, table, "method", where)

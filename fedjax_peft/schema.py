@@ -51,6 +51,9 @@ class Model:
     "tune(where), vera(rank, where, first, seed)",
     (),
   )
+  quantize: Literal["no", "int8", "nf4", "int4"] = _doc(
+    "how the layers' frozen weights are kept", "no"
+  )
   loss: Literal["auto", "classification", "next_token"] = _doc(
     "what clients minimize; auto: classification if the data have labels",
     "auto",

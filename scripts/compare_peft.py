@@ -13,6 +13,7 @@ message, on a pretrained MiniLM.
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import jax
@@ -192,4 +193,7 @@ def main():
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except (FileNotFoundError, ValueError) as error:
+    sys.exit(f"compare_peft: error: {error}")

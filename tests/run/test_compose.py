@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from fedjax_peft import build, compose, config
+from fedjax_peft import build, compose, config, tree
 from fedjax_peft import rules as rules_lib
 
 ALGORITHMS = {
@@ -68,6 +68,22 @@ def test_a_rule_is_built_by_its_name(tiny, name):
   )
   residuals = [k for k in parts.model.params if k.endswith("lora_residual")]
   assert bool(residuals) == rules_lib.RULES[name]().residual
+
+
+@pytest.mark.parametrize("name", sorted(build.PEFT))
+def test_adapters_are_built_by_their_name(tiny, name):
+  more = {"stack": ", ranks={one=2, two=1}", "ravan": ", rank=4"}.get(name, "")
+  parts = built(tiny, f'model.peft=[{{method="{name}"{more}}}]')
+  assert parts.model.params
+  assert len(parts.model.params) < len(parts.model.base) + 8
+
+
+@pytest.mark.parametrize("qtype", ["int8", "nf4", "int4"])
+def test_a_base_is_quantized_under_its_adapters(tiny, qtype):
+  parts = built(tiny, f"model.peft=[{LORA}]", f"model.quantize={qtype}")
+  plain = built(tiny, f"model.peft=[{LORA}]")
+  assert set(parts.model.params) == set(plain.model.params)
+  assert tree.nbytes(parts.model.base) < tree.nbytes(plain.model.base)
 
 
 @pytest.mark.parametrize(
