@@ -81,6 +81,7 @@ _MODULES = {
   "attack": "attack",
   "data": "data",
   "evaluate": "evaluate",
+  "flops": "flops",
   "kernels": "kernels",
   "losses": "losses",
   "models": "models",

@@ -124,6 +124,7 @@ def _ruled(
     rules={**(placement or {}), **rule.placement},
     proximal=proximal,
     active=rule.active,
+    descent=rules.descent(bound, model),
   )
   job = rules.compacted(job, bound)
   if ranks:

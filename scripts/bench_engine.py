@@ -30,6 +30,20 @@ import bench_workload as workload
 
 HERE = pathlib.Path(__file__).resolve().parent
 PARTS = ("w1", "w2", "ceilings", "packing", "memory")
+MORE = ("rules",)  # measured when asked for with --only
+RULES = (
+  "fedit",
+  "ffa",
+  "fedsa",
+  "rolora",
+  "flora",
+  "flexlora",
+  "hetlora",
+  "fedex",
+  "fair",
+  "fedsvd",
+  "fedrot",
+)
 COHORTS = (100, 1000, 10000)
 GEMM = "4096x384x1536"  # the product that W2 is measured against
 
@@ -43,6 +57,7 @@ TARGETS = (
   ("w1.of_bare.lowrank", 0.85),
   ("w2.of_bare.bf16", 0.85),
   ("w2.of_bare.float32", 0.85),
+  ("rules.slowest", 0.95),
   ("packing.useful_fraction", 0.97),
   ("packing.ratio_to_bound", 0.97),
   ("memory.flatness", 1 / 1.1),
@@ -93,7 +108,9 @@ def _options():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument(
-    "--only", default=",".join(PARTS), help="parts, separated by commas"
+    "--only",
+    default=",".join(PARTS),
+    help="parts, separated by commas; rules: W2 under every rule",
   )
   parser.add_argument(
     "--seconds", type=float, default=10.0, help="steady state of each rate"
@@ -114,7 +131,7 @@ def _options():
   )
   options = parser.parse_args()
   for flag, given, known in (
-    ("--only", options.only, PARTS),
+    ("--only", options.only, (*PARTS, *MORE)),
     ("--with-peers", options.with_peers, peers.PEERS),
   ):
     unknown = sorted(set(filter(None, given.split(","))) - set(known))
@@ -156,6 +173,10 @@ def jobs(only: list[str], options: argparse.Namespace) -> list[Job]:
       choice = f"--precision={precision}"
       add(f"w2.{precision}", library, "w2", choice)
       add(f"w2.bare_{precision}", bare, "w2", choice, environment=held)
+  if "rules" in only:
+    add("rules.none", library, "w2")
+    for name in RULES:
+      add(f"rules.{name}", library, "w2", f"--rule={name}")
   for name in filter(None, options.with_peers.split(",")):
     for variant, (workloads, arguments) in peers.PEERS[name].options.items():
       for which in sorted(set(workloads) & set(only)):
@@ -238,6 +259,7 @@ def summary(found: dict, quick: bool = False) -> dict:
     "w1": _rates("w1", ("general", "lowrank"), rates),
     "w2": _rates("w2", ("bf16", "float32"), rates),
     "ceilings": _ceilings(found),
+    "rules": _of_plain(rates),
     "packing": {
       k: v for k, v in found.get("packing", {}).items() if k != "load"
     },
@@ -282,6 +304,16 @@ def _rates(which, variants, rates):
       "ratio": {v: part[v] / others[fastest] for v in part},
     }
   return {**part, **compared}
+
+
+def _of_plain(rates):
+  """W2 under each rule, as a part of what it is without any."""
+  plain = rates.get("rules.none")
+  found = {k: rates[f"rules.{k}"] for k in RULES if f"rules.{k}" in rates}
+  if not plain or not found:
+    return {}
+  parts = {k: rate / plain for k, rate in found.items()}
+  return {**parts, "slowest": min(parts.values())}
 
 
 def _ceilings(found):
@@ -341,7 +373,7 @@ def table(result: dict) -> str:
       f"{got['first_seconds']:9.1f}{got['cpu_seconds']:9.3f}"
       f"{got['peak_mib']:7.0f}{got['load']:6.2f}"
     )
-  for part in ("ceilings", "packing", "memory"):
+  for part in ("rules", "ceilings", "packing", "memory"):
     for key, value in result.get(part, {}).items():
       values = value if isinstance(value, dict) else {"": value}
       text = "  ".join(f"{k} {v:.4g}".strip() for k, v in values.items())

@@ -38,6 +38,7 @@ def main() -> None:
   parser.add_argument(
     "--precision", default="bf16", choices=("bf16", "float32")
   )
+  parser.add_argument("--rule", choices=fp.rules.RULES, help="of w2")
   parser.add_argument("--clients", type=int, default=100)
   parser.add_argument("--seconds", type=float, default=0.0)
   parser.add_argument("--quick", action="store_true")
@@ -74,9 +75,11 @@ def w2(options) -> dict:
     unroll=True,
   )
   module = fp.models.encoder.Encoder(config, nnx.Rngs(0))
+  rule = None if options.rule is None else fp.rules.RULES[options.rule]()
   module = fp.peft.lora(
     module,
     rank=shape.rank,
+    residual=rule is not None and rule.residual,
     where=r".*/(query|value)",
     alpha=shape.scale * shape.rank,
   )
@@ -87,7 +90,8 @@ def w2(options) -> dict:
   tokens, label = shape.inputs()
   data = _population({"tokens": tokens, "label": label})
   local = fp.local(optax.sgd(shape.rate), batch=shape.batch)
-  return _measure(fp.fedavg(model, local), model, data, options.seconds)
+  algorithm = fp.fedavg(model, local, rule=rule)
+  return _measure(algorithm, model, data, options.seconds)
 
 
 def _population(leaves) -> fp.data.Population:

@@ -5,27 +5,24 @@
 Every rule declares what it is (`fp.explain(name)`), and tests prove it.
 """
 
-from fedjax_peft.rules.cards import COMPOSED, RULES, explain, table
-from fedjax_peft.rules.diagnose import watch
-from fedjax_peft.rules.heard import Heard, Pair, covariance, mean_product
-from fedjax_peft.rules.methods import (
-  fair,
-  fedex,
+from fedjax_peft.rules.averaging import (
   fedit,
   fedrot,
   fedsa,
-  fedsvd,
   ffa,
-  flexlora,
-  flora,
   hetlora,
   rolora,
 )
+from fedjax_peft.rules.cards import COMPOSED, RULES, explain, table
+from fedjax_peft.rules.diagnose import watch
+from fedjax_peft.rules.heard import Heard, Pair, covariance, mean_product
+from fedjax_peft.rules.recombining import fair, fedex, fedsvd, flexlora, flora
 from fedjax_peft.rules.rule import (
   Rule,
   bind,
   check,
   compacted,
+  descent,
   news,
   pairs_of,
   ranked,
@@ -42,6 +39,7 @@ __all__ = [
   "check",
   "compacted",
   "covariance",
+  "descent",
   "explain",
   "fair",
   "fedex",

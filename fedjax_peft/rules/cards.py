@@ -3,22 +3,22 @@
 from collections.abc import Callable
 
 from fedjax_peft import validate
-from fedjax_peft.rules import methods
+from fedjax_peft.rules import averaging, recombining
 from fedjax_peft.rules import rule as rule_lib
 
 # Every rule, as it is by default.
 RULES: dict[str, Callable[[], rule_lib.Rule]] = {
-  "fedit": methods.fedit,
-  "ffa": methods.ffa,
-  "fedsa": methods.fedsa,
-  "rolora": methods.rolora,
-  "flora": methods.flora,
-  "flexlora": methods.flexlora,
-  "hetlora": methods.hetlora,
-  "fedex": methods.fedex,
-  "fair": methods.fair,
-  "fedsvd": methods.fedsvd,
-  "fedrot": methods.fedrot,
+  "fedit": averaging.fedit,
+  "ffa": averaging.ffa,
+  "fedsa": averaging.fedsa,
+  "rolora": averaging.rolora,
+  "flora": recombining.flora,
+  "flexlora": recombining.flexlora,
+  "hetlora": averaging.hetlora,
+  "fedex": recombining.fedex,
+  "fair": recombining.fair,
+  "fedsvd": recombining.fedsvd,
+  "fedrot": averaging.fedrot,
 }
 # Methods that other parts are put together for, with what they then are.
 COMPOSED: dict[str, rule_lib.Rule] = {

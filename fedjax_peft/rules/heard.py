@@ -197,7 +197,7 @@ def covariance(heard: Heard, pair: Pair) -> product.Product:
   """
   a, b = heard.mean[pair.a], heard.mean[pair.b]
   if pair.layer in heard.second:
-    return product.Dense(heard.second[pair.layer] - _matmul(a, b))
+    return product.Dense(heard.second[pair.layer] - product.matmul(a, b))
   return _stacked(heard, pair, a, b)
 
 
@@ -221,11 +221,6 @@ def _stacked(heard, pair, a, b):
 def _side_by_side(x):
   """[stack, C, R, N] -> [stack, C R, N]."""
   return x.reshape(*x.shape[:-3], -1, x.shape[-1])
-
-
-def _matmul(a, b):
-  """A product in full float32."""
-  return jnp.matmul(a, b, precision="highest")
 
 
 def _wide(x, like):

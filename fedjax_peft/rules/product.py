@@ -35,8 +35,8 @@ class Stack(NamedTuple):
     both = (w[:, None] * w[None]).reshape(
       (1,) * (self.right.ndim - 2) + (w.size,) * 2
     )
-    outer = _matmul(self.right, _t(self.right)) * both
-    return _matmul(self.left, _t(self.left)), outer
+    outer = matmul(self.right, _t(self.right)) * both
+    return matmul(self.left, _t(self.left)), outer
 
   def weighted(self, x: jax.Array) -> jax.Array:
     """diag(weights) x for x [..., Q, N]."""
@@ -85,7 +85,7 @@ def expand(product: Product) -> jax.Array:
   """Returns the matrix, float32 [..., K, F]."""
   if isinstance(product, Dense):
     return product.matrix
-  return _matmul(_t(product.left), product.weighted(product.right))
+  return matmul(_t(product.left), product.weighted(product.right))
 
 
 def add(a: Product, b: Product) -> Product:
@@ -130,12 +130,12 @@ def svd(product: Product, rank: int) -> Svd:
     q1, r1 = jnp.linalg.qr(_t(product.left))
     q2, r2 = jnp.linalg.qr(_t(product.weighted(product.right)))
     left, values, right = jnp.linalg.svd(
-      _matmul(r1, _t(r2)), full_matrices=False
+      matmul(r1, _t(r2)), full_matrices=False
     )
     found = (
-      _matmul(q1, left[..., :rank]),
+      matmul(q1, left[..., :rank]),
       values,
-      _matmul(right[..., :rank, :], _t(q2)),
+      matmul(right[..., :rank, :], _t(q2)),
     )
   left, values, right = (
     _fit(x, rank, axis) for x, axis in zip(found, (-1, -1, -2), strict=True)
@@ -166,41 +166,53 @@ def _leading(product, rank):
   if isinstance(product, Dense):
     m = product.matrix
     flip = m.shape[-2] < m.shape[-1]
-    gram = _matmul(m, _t(m)) if flip else _matmul(_t(m), m)
+    gram = matmul(m, _t(m)) if flip else matmul(_t(m), m)
     found = jnp.linalg.eigh(gram)[1][..., ::-1][..., :rank]
-    start = _matmul(_t(m), found) if flip else found
+    start = matmul(_t(m), found) if flip else found
   else:
     # With left left^T = C C^T, C^T right has the product's right singular
     # vectors: its Gram matrix is right^T left left^T right.
     gram, outer = product.inner()
     scale = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     c = jnp.linalg.cholesky(gram + 1e-6 * scale * eye_like(gram))
-    inner = _matmul(_matmul(_t(c), outer), c)
+    inner = matmul(matmul(_t(c), outer), c)
     found = jnp.linalg.eigh(inner)[1][..., ::-1][..., :rank]
-    start = _matmul(_t(product.right), product.weighted(_matmul(c, found)))
+    start = matmul(_t(product.right), product.weighted(matmul(c, found)))
   for _ in range(2):
     start, _ = jnp.linalg.qr(start)
     start = _apply_t(product, _apply(product, start))
   right, _ = jnp.linalg.qr(start)  # [..., F, R]
   made = _apply(product, right)  # [..., K, R]
   left, values, turn = jnp.linalg.svd(made, full_matrices=False)
-  return left, values, _matmul(turn, _t(right))
+  return left, values, matmul(turn, _t(right))
 
 
 def _apply(product, x):
   """The product times x [..., F, R]."""
   if isinstance(product, Dense):
-    return _matmul(product.matrix, x)
-  inner = product.weighted(_matmul(product.right, x))
-  return _matmul(_t(product.left), inner)
+    return matmul(product.matrix, x)
+  inner = product.weighted(matmul(product.right, x))
+  return matmul(_t(product.left), inner)
 
 
 def _apply_t(product, x):
   """The product's transpose times x [..., K, R]."""
   if isinstance(product, Dense):
-    return _matmul(_t(product.matrix), x)
-  inner = product.weighted(_matmul(product.left, x))
-  return _matmul(_t(product.right), inner)
+    return matmul(_t(product.matrix), x)
+  inner = product.weighted(matmul(product.left, x))
+  return matmul(_t(product.right), inner)
+
+
+def length(x: jax.Array) -> jax.Array:
+  """Frobenius norm [...] of matrices, with a gradient of zero at zero."""
+  square = jnp.sum(jnp.square(x), (-2, -1))
+  safe = jnp.where(square > 0, square, 1)
+  return jnp.where(square > 0, jnp.sqrt(safe), 0)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  """A product in full float32, whatever the platform's default."""
+  return jnp.matmul(a, b, precision="highest")
 
 
 def rank_of(values: jax.Array, tolerance: float = 1e-5) -> jax.Array:
@@ -231,12 +243,12 @@ def values(product: Product) -> jax.Array:
   if isinstance(product, Dense):
     m = product.matrix
     wide = m.shape[-2] < m.shape[-1]
-    gram = _matmul(m, _t(m)) if wide else _matmul(_t(m), m)
+    gram = matmul(m, _t(m)) if wide else matmul(_t(m), m)
   else:
     # left^T right has the singular values of S right if left left^T = S S.
     gram, outer = product.inner()
     root = _root(gram)
-    gram = _matmul(_matmul(root, outer), root)
+    gram = matmul(matmul(root, outer), root)
   square = jnp.linalg.eigvalsh(gram)[..., ::-1]
   return jnp.sqrt(jnp.maximum(square, 0))
 
@@ -245,7 +257,7 @@ def _root(gram):
   """The symmetric square root of a Gram matrix."""
   square, vectors = jnp.linalg.eigh(gram)
   root = jnp.sqrt(jnp.maximum(square, 0))
-  return _matmul(vectors * root[..., None, :], _t(vectors))
+  return matmul(vectors * root[..., None, :], _t(vectors))
 
 
 def turn(a, b, to_a, to_b) -> jax.Array:
@@ -253,23 +265,18 @@ def turn(a, b, to_a, to_b) -> jax.Array:
 
   It minimizes |a Q - to_a|^2 + |Q^T b - to_b|^2 (orthogonal Procrustes).
   """
-  return nearest_rotation(_matmul(_t(a), to_a) + _matmul(b, _t(to_b)))
+  return nearest_rotation(matmul(_t(a), to_a) + matmul(b, _t(to_b)))
 
 
 def nearest_rotation(matrix: jax.Array) -> jax.Array:
   """The orthogonal matrix that is nearest to one [..., R, R] (Procrustes)."""
   left, _, right = jnp.linalg.svd(matrix, full_matrices=False)
-  return _matmul(left, right)
+  return matmul(left, right)
 
 
 def eye_like(x: jax.Array) -> jax.Array:
   """The identity, of the rank of square matrices [..., R, R]."""
   return jnp.eye(x.shape[-1]).reshape((1,) * (x.ndim - 2) + x.shape[-2:])
-
-
-def _matmul(a, b):
-  """A product in full float32, whatever the platform's default."""
-  return jnp.matmul(a, b, precision="highest")
 
 
 def _t(x):

@@ -49,6 +49,7 @@ class Rule(NamedTuple):
     cycle: rounds after which it does the same again.
     told: (pair, {path: spec}, senders, round) -> {path: spec or None}, leaves
       of which less than all (None: nothing) has to be told after a round.
+    penalty: (pairs) -> (params, rank) -> scalar added to a client's loss.
     write: what to write for it; empty: `rule=fp.rules.NAME()`.
   """
 
@@ -69,6 +70,7 @@ class Rule(NamedTuple):
   one_by_one: bool = False
   cycle: int = 1
   told: Callable | None = None
+  penalty: Callable | None = None
   write: str = ""
 
 
@@ -219,6 +221,29 @@ def compacted(job: work.Work, bound: Bound) -> work.Work:
     return spec
 
   return job._replace(compact=compact, cycle=rule.cycle)
+
+
+def descent(bound: Bound, model: objective.Model) -> Callable | None:
+  """`work.train`'s descent under a rule that adds to the loss; else None."""
+  if bound.rule.penalty is None:
+    return None
+  cost = bound.rule.penalty(bound.pairs)
+  full = {p.a: model.params[p.a].shape[-1] for p in bound.pairs}
+
+  def down(weights, rest, base, batch, now):
+    most = jnp.int32(max(full.values()))
+    rank = now.traits.get("rank", most)
+    each = jnp.ones_like(batch.mask)
+    return work.slope(
+      model,
+      weights,
+      rest,
+      base,
+      batch,
+      penalty=lambda params: each * cost(params, rank),
+    )
+
+  return down
 
 
 def ranked(job: work.Work, bound: Bound) -> work.Work:

@@ -352,3 +352,27 @@ def test_every_rule_explains_itself(name):
 def test_an_unknown_method_names_those_there_are():
   with pytest.raises(ValueError, match="flexlora"):
     fp.explain("flexlor")
+
+
+def test_the_tail_penalty_of_hetlora_shrinks_the_tail():
+  def tail(strength):
+    algorithm = fp.fedavg(
+      model(),
+      fp.local(optax.sgd(0.1), batch=4),
+      rule=fp.rules.hetlora(strength, keep=0.5),
+    )
+    play = toy.Player(algorithm, toy.people(), model().base)
+    state, _ = play.play(*(COHORT,) * 4)
+    return sum(
+      np.linalg.norm(state.params[p.a][:, 1:])
+      * np.linalg.norm(state.params[p.b][1:])
+      for p in fp.rules.pairs_of(model().origin)
+    )
+
+  free, mild, strong = tail(0.0), tail(0.1), tail(1.0)
+  assert 0 < strong < mild < free
+
+
+def test_hetlora_refuses_to_keep_more_than_there_is():
+  with pytest.raises(ValueError, match="keep"):
+    fp.rules.hetlora(0.1, keep=1.0)

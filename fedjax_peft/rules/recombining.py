@@ -1,8 +1,8 @@
-"""The rules of the literature, each a few lines of its formula.
+"""Recombining: rules that make new factors out of the mean product.
 
-Factors of client i are A_i and B_i, p_i its share of the examples, A and B what
-it was sent, s the common scale alpha / rank. A client of a lower rank than the
-adapter's trains its first columns of A and rows of B; the others are zero.
+Factors of client i are A_i and B_i, p_i its share of the examples, s the common
+scale alpha / rank; "cov" is what averaging factors leaves out,
+sum p_i (A_i - mean A)(B_i - mean B).
 """
 
 import zlib
@@ -14,81 +14,6 @@ from fedjax_peft import validate
 from fedjax_peft.rules import heard as heard_lib
 from fedjax_peft.rules import product
 from fedjax_peft.rules.rule import Rule, recombine, terms
-
-
-def fedit() -> Rule:
-  """Averages both factors (Zhang et al., 2023, arXiv 2305.05644).
-
-  The mean of products is not the product of means: it leaves out the
-  covariance of the factors, sum p_i (A_i - A)(B_i - B).
-  """
-  return Rule(
-    name="fedit",
-    formula="A <- sum p_i A_i, B <- sum p_i B_i",
-    source="Zhang et al., 2023, arXiv 2305.05644",
-    up="R (K + F)",
-    down="R (K + F)",
-    exact=False,
-    gauge_invariant=False,
-    heterogeneous_rank=True,
-    linear=True,
-  )
-
-
-def ffa() -> Rule:
-  """Trains and averages B alone (Sun et al., ICLR 2024, arXiv 2403.12313)."""
-  return Rule(
-    name="ffa",
-    formula="A stays as it was drawn, B <- sum p_i B_i",
-    source="Sun et al., 2024, arXiv 2403.12313",
-    up="R F",
-    down="R F",
-    exact=True,
-    gauge_invariant="fixed",
-    heterogeneous_rank=False,
-    linear=True,
-    placement={".*/lora_a": "frozen"},
-  )
-
-
-def fedsa() -> Rule:
-  """Averages A, each client keeps its B (Guo et al., arXiv 2410.01463)."""
-  return Rule(
-    name="fedsa",
-    formula="A <- sum p_i A_i; B_i stays with client i",
-    source="Guo et al., 2025, arXiv 2410.01463",
-    up="R K",
-    down="R K",
-    exact=False,
-    gauge_invariant=False,
-    heterogeneous_rank=False,
-    linear=True,
-    placement={".*/lora_b": "device"},
-  )
-
-
-def rolora() -> Rule:
-  """Trains B in one round, A in the next (Chen et al., arXiv 2409.02346)."""
-
-  def active(name, now):
-    is_a, is_b = name.endswith("/lora_a"), name.endswith("/lora_b")
-    if not (is_a or is_b):
-      return True
-    return (now.round % 2 == 0) == is_b
-
-  return Rule(
-    name="rolora",
-    formula="odd rounds: B <- sum p_i B_i, even rounds: A <- sum p_i A_i",
-    source="Chen et al., 2025, arXiv 2409.02346",
-    up="R F, then R K",
-    down="R F, then R K",
-    exact=True,
-    gauge_invariant="fixed",
-    heterogeneous_rank=False,
-    linear=True,
-    active=active,
-    cycle=2,
-  )
 
 
 def flora(*, seed: int = 0) -> Rule:
@@ -157,47 +82,6 @@ def flexlora() -> Rule:
   )
 
 
-def hetlora() -> Rule:
-  """Zero-padded factors, weighed by their size (Cho et al., arXiv 2401.06432).
-
-  A client counts as the Frobenius norm of its product, over all layers.
-  """
-
-  def server(pairs):
-    def step(pair, params, heard, count):
-      del count
-      size = jnp.zeros(heard.weights.shape)
-      for p in pairs:
-        a, b = heard_lib.factors(heard, p, params)
-        norms = jax.vmap(lambda a, b: product.norm(product.stack(a, b)))(a, b)
-        size += jnp.sum(jnp.square(norms).reshape(size.size, -1), -1)
-      # Where nobody has moved from B = 0 there is nothing to tell them apart.
-      size = jnp.where(heard.weights > 0, jnp.sqrt(size), 0)
-      share = jnp.where(jnp.sum(size) > 0, size, heard.weights)
-      share = share / jnp.maximum(jnp.sum(share), jnp.finfo(jnp.float32).tiny)
-      held = heard_lib.factors(heard, pair, params)
-      return {
-        name: jnp.tensordot(share, x, 1)
-        for name, x in zip((pair.a, pair.b), held, strict=True)
-      }
-
-    return recombine(pairs, step)
-
-  return Rule(
-    name="hetlora",
-    formula="A <- sum q_i A_i, B <- sum q_i B_i, q_i ~ |A_i B_i|",
-    source="Cho et al., 2024, arXiv 2401.06432",
-    up="R_i (K + F)",
-    down="R_i (K + F)",
-    exact=False,
-    gauge_invariant=False,
-    heterogeneous_rank=True,
-    linear=False,
-    server=server,
-    one_by_one=True,
-  )
-
-
 def fedex(rank: int | None = None) -> Rule:
   """FedIT, and what it leaves out goes into the layer (arXiv 2410.09432).
 
@@ -262,22 +146,24 @@ def fair(strength: float = 0.01, *, steps: int = 0, rate: float = 0.1) -> Rule:
     raise ValueError(f"strength must not be negative: got {strength=}")
 
   def solve(a, residual):
-    gram = _matmul(jnp.swapaxes(a, -1, -2), a)
+    gram = product.matmul(jnp.swapaxes(a, -1, -2), a)
     gram = gram + strength * product.eye_like(gram)
     seen = _project(a, residual)
     # A mean of factors may have lost rank: least squares of least norm.
-    return _matmul(jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True), seen)
+    return product.matmul(
+      jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True), seen
+    )
 
   def descend(a, b, residual):
-    target = product.expand(residual) + _matmul(a, b)
+    target = product.expand(residual) + product.matmul(a, b)
     size = jnp.sqrt(jnp.sum(jnp.square(b), (-2, -1), keepdims=True))
 
     def cost(change):
-      made = _matmul(a, b + change)
+      made = product.matmul(a, b + change)
       dot = jnp.sum(made * target, (-2, -1))
-      lengths = _length(made) * _length(target)
+      lengths = product.length(made) * product.length(target)
       cosine = dot / jnp.where(lengths > 0, lengths, 1)
-      return jnp.sum(1 - cosine + strength * _length(change))
+      return jnp.sum(1 - cosine + strength * product.length(change))
 
     def one(_, change):
       return change - rate * size * size * jax.grad(cost)(change)
@@ -356,43 +242,6 @@ def fedsvd(every: int = 1) -> Rule:
   )
 
 
-def fedrot() -> Rule:
-  """Turns each client's factors towards the sent ones, then averages.
-
-  Q_i is the rotation that minimizes |A_i Q - A|^2 + |Q^T B_i - B|^2
-  (orthogonal Procrustes); the product of a client is not changed by it.
-  """
-
-  def server(pairs):
-    def step(pair, params, heard, count):
-      del count
-      a, b = params[pair.a], params[pair.b]
-
-      def turned(mine_a, mine_b):
-        q = product.turn(mine_a, mine_b, a, b)
-        return _matmul(mine_a, q), _matmul(jnp.swapaxes(q, -1, -2), mine_b)
-
-      rows = jax.vmap(turned)(*heard_lib.factors(heard, pair, params))
-      new = [jnp.tensordot(heard.weights, x, 1) for x in rows]
-      return dict(zip((pair.a, pair.b), new, strict=True))
-
-    return recombine(pairs, step)
-
-  return Rule(
-    name="fedrot",
-    formula="A <- sum p_i A_i Q_i, B <- sum p_i Q_i^T B_i, Q_i by Procrustes",
-    source="FedRot-LoRA, 2026",
-    up="R (K + F)",
-    down="R (K + F)",
-    exact=False,
-    gauge_invariant="rotations",
-    heterogeneous_rank=False,
-    linear=False,
-    server=server,
-    one_by_one=True,
-  )
-
-
 def _factors(pair, found):
   """Factors of a product from its singular triples, all of S on B."""
   left, values, right = found
@@ -403,18 +252,6 @@ def _project(a, residual):
   """A^T times a product."""
   at = jnp.swapaxes(a, -1, -2)
   if isinstance(residual, product.Dense):
-    return _matmul(at, residual.matrix)
-  inner = residual.weighted(_matmul(residual.left, a))
-  return _matmul(jnp.swapaxes(inner, -1, -2), residual.right)
-
-
-def _length(x):
-  """Frobenius norm [...], with a gradient of zero at zero."""
-  square = jnp.sum(jnp.square(x), (-2, -1))
-  safe = jnp.where(square > 0, square, 1)
-  return jnp.where(square > 0, jnp.sqrt(safe), 0)
-
-
-def _matmul(a, b):
-  """A product in full float32."""
-  return jnp.matmul(a, b, precision="highest")
+    return product.matmul(at, residual.matrix)
+  inner = residual.weighted(product.matmul(residual.left, a))
+  return product.matmul(jnp.swapaxes(inner, -1, -2), residual.right)
