@@ -1,11 +1,12 @@
 # Needs nothing but Python >= 3.11, make, git and a package index.
 .DELETE_ON_ERROR:
-.PHONY: help install prepare quickstart test test-aot test-slow
+.PHONY: help install prepare quickstart test test-aot test-slow interop-env
 .PHONY: lint types format clean
 
 PYTHON ?= python3
 VENV ?= .venv
 AOT ?= .venv-aot
+INTEROP ?= .venv-interop
 BIN := $(VENV)/bin
 export FEDJAX_PEFT_HOME ?= $(HOME)/.cache/fedjax_peft
 
@@ -16,6 +17,7 @@ ENV := $(call hash,constraints.txt pyproject.toml setup.py \
   $(wildcard kernels/native/*.cc kernels/native/*.h))
 INSTALLED := $(VENV)/installed-$(ENV)
 AOT_INSTALLED := $(AOT)/installed-$(ENV)
+INTEROP_INSTALLED := $(INTEROP)/installed-$(call hash,constraints-interop.txt)
 PREPARED := $(FEDJAX_PEFT_HOME)/prepared-$(ENV)
 
 help:
@@ -23,6 +25,7 @@ help:
 	@echo "make test        set up, then lint, types and the tests (12 minutes)"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs without any"
 	@echo "make test-slow   the tests that are too slow for make test"
+	@echo "make interop-env PyTorch and Hugging Face PEFT, for some of these"
 	@echo "make lint | types | format | install | prepare | clean"
 
 install: $(INSTALLED)
@@ -41,7 +44,7 @@ $(PREPARED)-base: $(INSTALLED)
 	@touch $@
 
 $(PREPARED)-slow: $(PREPARED)-base
-	$(BIN)/fedjax-peft models prepare smollm2
+	$(BIN)/fedjax-peft models prepare smollm2 dinov2_small
 	@touch $@
 
 quickstart: $(PREPARED)-base
@@ -62,6 +65,15 @@ $(AOT_INSTALLED):
 test-aot: $(AOT_INSTALLED)
 	$(AOT)/bin/python -m pytest -q -m aot tests/aot
 
+# PyTorch and JAX do not share an environment. Tests marked slow compare with
+# these libraries where this environment is, and say so where it is not.
+interop-env: $(INTEROP_INSTALLED)
+$(INTEROP_INSTALLED):
+	$(PYTHON) -m venv --clear $(INTEROP)
+	$(INTEROP)/bin/python -m pip install -q -c constraints-interop.txt \
+	  peft torch transformers
+	@touch $@
+
 test-slow: $(PREPARED)-slow
 	$(BIN)/python -m pytest -q -m slow
 
@@ -77,4 +89,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(AOT) .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(AOT) $(INTEROP) .cache .mypy_cache .pytest_cache .ruff_cache build dist

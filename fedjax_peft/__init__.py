@@ -82,6 +82,7 @@ _MODULES = {
   "data": "data",
   "evaluate": "evaluate",
   "flops": "flops",
+  "interop": "interop",
   "kernels": "kernels",
   "losses": "losses",
   "models": "models",

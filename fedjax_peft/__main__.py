@@ -1,4 +1,4 @@
-"""The command line: train, data, models.
+"""The command line: train, export, data, models, methods.
 
 Anything a user can get wrong ends in one sentence on stderr and exit code 2.
 """
@@ -116,6 +116,23 @@ def _methods(options: argparse.Namespace, alone: bool) -> int:
   return 0
 
 
+def _export(options: argparse.Namespace, alone: bool) -> int:
+  """fedjax-peft export."""
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  from fedjax_peft import console, export
+
+  path, found = export.export(
+    options.directory,
+    client=options.client,
+    merged=options.merged,
+    out=options.out,
+  )
+  rows = {"round": str(found.round), "of": found.name, "base": found.base}
+  what = "merged model" if options.merged else "adapter"
+  console.say(f"{what}: {path}", console.facts(rows))
+  return 0
+
+
 def _prepare(names, known, prepare, what) -> int:
   """Gets what is named, after all names were checked."""
   for name in names:
@@ -190,11 +207,13 @@ def _parser() -> argparse.ArgumentParser:
   fedjax-peft data prepare sotu
   fedjax-peft models prepare minilm
   fedjax-peft train configs/quickstart.toml --set rounds=20
-  fedjax-peft train configs/quickstart.toml --resume""",
+  fedjax-peft train configs/quickstart.toml --resume
+  fedjax-peft export runs/quickstart --client 7""",
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   commands = parser.add_subparsers(title="commands", metavar="COMMAND")
   _train_parser(commands)
+  _export_parser(commands)
   for name, run, thing in [
     ("data", _data, "data sets"),
     ("models", _models, "models"),
@@ -252,6 +271,29 @@ def _train_parser(commands) -> None:
   )
   train.set_defaults(run=_train)
   _traceback(train)
+
+
+def _export_parser(commands) -> None:
+  """The arguments of export."""
+  export = commands.add_parser(
+    "export",
+    help="write what a run has learned as a Hugging Face directory",
+    description="Writes the adapter of a run in the Hugging Face PEFT layout.",
+  )
+  export.add_argument("directory", metavar="RUN", help="a run directory")
+  export.add_argument(
+    "--client", metavar="ID", help="the model of this client, name or number"
+  )
+  export.add_argument(
+    "--merged",
+    action="store_true",
+    help="write the whole model, with the adapter folded in",
+  )
+  export.add_argument(
+    "--out", metavar="DIR", help="where to; in the run directory by default"
+  )
+  export.set_defaults(run=_export)
+  _traceback(export)
 
 
 def _traceback(parser: argparse.ArgumentParser) -> None:

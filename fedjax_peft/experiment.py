@@ -95,7 +95,7 @@ def train(
     _cache_programs()
     parts = build.build(run)
     where.root.mkdir(parents=True, exist_ok=True)
-    with _alone(where.root):
+    with alone(where.root):
       _train(run, where, parts, before, allow_drift)
   return _conclude(run, where)
 
@@ -290,7 +290,7 @@ def _cache_programs() -> None:
 
 
 @contextlib.contextmanager
-def _alone(root: pathlib.Path) -> Iterator[None]:
+def alone(root: pathlib.Path) -> Iterator[None]:
   """Holds a run directory against other processes, until this one ends."""
   with open(root / ".lock", "w") as file:
     try:

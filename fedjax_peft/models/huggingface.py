@@ -45,7 +45,8 @@ def load(
       writes them. BERT gives an `Encoder`; Llama, Mistral, Qwen 2 and 3,
       Gemma and Gemma 2 a `Decoder`; ViT, DeiT and DINOv2 a `ViT`, whose
       normalization is that of preprocessor_config.json, if it is there.
-    classes: outputs of a new head on an encoder; 0 is none.
+    classes: outputs of a head on an encoder, new unless the checkpoint has one
+      of that size; 0 is none.
     seed: of the new head.
     **overrides: fields of `EncoderConfig`, `DecoderConfig` or `ViTConfig`;
       with another `image_size` the positions are interpolated.
@@ -131,6 +132,7 @@ def _fill(config, tensors, kind, directory, seed):
   if is_new:
     inputs = module.head.in_features
     module.head = nnx.Linear(inputs, config.classes, rngs=nnx.Rngs(seed))
+    _take_head(module.head, tensors)
   leaves = {
     "/".join(map(str, path)): leaf
     for path, leaf in nnx.to_flat_state(nnx.state(module))
@@ -157,6 +159,18 @@ def _fill(config, tensors, kind, directory, seed):
       part[...] = came
     leaf.set_value(jnp.asarray(value))
   return module
+
+
+def _take_head(head, tensors):
+  """Fills a new head with the checkpoint's own, where that has its shape."""
+  weight = tensors.get("classifier.weight")
+  bias = tensors.get("classifier.bias")
+  if weight is None or bias is None:
+    return
+  weight, bias = np.asarray(weight), np.asarray(bias)
+  if weight.shape == head.kernel.shape[::-1] and bias.shape == head.bias.shape:
+    head.kernel.set_value(jnp.asarray(weight.T, jnp.float32))
+    head.bias.set_value(jnp.asarray(bias, jnp.float32))
 
 
 def _names(path, table, depth):

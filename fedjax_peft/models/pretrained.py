@@ -127,7 +127,7 @@ def load(
   if name_or_path in _PACKAGES:
     overrides = _PACKAGES[str(name_or_path)].overrides | overrides
   return huggingface.load(
-    _directory(name_or_path), classes=classes, seed=seed, **overrides
+    directory(name_or_path), classes=classes, seed=seed, **overrides
   )
 
 
@@ -147,7 +147,7 @@ def tokenizer(name_or_path: str | pathlib.Path) -> tokenizers.Tokenizer:
       f"the random model {name!r} has no tokenizer of its own; use that of"
       f" one of {sorted(_PACKAGES)}"
     )
-  path = _directory(name) / "tokenizer.json"
+  path = directory(name) / "tokenizer.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path} is not there; save the tokenizer there")
   try:
@@ -193,7 +193,7 @@ def prepare(name: str) -> pathlib.Path:
   return into
 
 
-def _directory(name_or_path):
+def directory(name_or_path):
   """Where a model's files are."""
   name, path = str(name_or_path), pathlib.Path(name_or_path)
   if name in _PACKAGES:

@@ -6,6 +6,7 @@ python tests/aot/compile_kernels.py v4,v5e /tmp/dump [names of cases]
 import collections
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -88,6 +89,7 @@ def compiled(case, arrays, mesh, platform: str, dump: pathlib.Path) -> dict:
     "calls": len(re.findall(r'"(?:tpu_custom_call|__gpu\$.*triton)"', text)),
     "bytes": sum(x.size * x.dtype.itemsize for x in (*specs, *out)),
     "temp": memory.temp_size_in_bytes,
+    "moved": moved(text),
     "alias": memory.alias_size_in_bytes,
     "donated": specs[0].size * specs[0].dtype.itemsize if in_place else 0,
     "empty": not all(x.size for x in (*specs, *out)),
@@ -103,6 +105,23 @@ def compiled(case, arrays, mesh, platform: str, dump: pathlib.Path) -> dict:
       & set(re.findall(r"\.entry (\w+)", file.read_text()))
     },
   }
+
+
+def moved(text: str) -> int:
+  """Bytes that XLA writes in a program besides the kernels.
+
+  What it fetches in advance, `copy-start`, the kernels need not fetch.
+  """
+  entry = text[text.index("ENTRY") :]
+  free = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+  free |= {"custom-call", "copy-start", "copy-done"}
+  total = 0
+  for shape, name in re.findall(r"= (.*?) ([a-z][a-z-]*)\(", entry):
+    if name not in free:
+      for bits, dims in re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", shape):
+        size = math.prod(int(n) for n in dims.split(",") if n)
+        total += size * int(bits) // 8
+  return total
 
 
 def schedule(text: str) -> dict:

@@ -13,24 +13,16 @@ KIB, MIB = 2**10, 2**20
 # What a kernel may need beside its arguments and results, as a multiple of
 # their bytes and a constant, and what for. Any other kernel needs nothing.
 TEMPORARY = {
-  ("mask_add", "tpu"): (
-    (0.5, 256 * KIB),
-    "a copy of q: the tiles of [C, D] hold 8 rows, which are apart in a block",
-  ),
-  ("weighted_sum", "tpu"): (
-    (2, 256 * KIB),
-    "two copies of the wires, in whose tiles clients and blocks change places",
-  ),
   ("top_k", "tpu"): ((8, 256 * KIB), "XLA finds the indices of what is kept"),
   ("top_k", "gpu"): ((8, 256 * KIB), "XLA finds the indices of what is kept"),
   ("quantize", "gpu"): ((0, KIB), "the key, and a short block padded"),
-  ("lora_matmul", "gpu"): ((0.5, KIB), "the factors, their rank padded to 16"),
   ("dequantize", "gpu"): ((0, KIB), "a short block padded"),
 }
 # The analysis for a v5p counts what XLA keeps in VMEM, for others it does not.
 VMEM = {"v5p": 16 * MIB}
-# The assembler puts one word aside where one more program then fits on a core.
-SPILLED = {("mask_add", "sm_80"): 4}
+# Registers of a thread at most. 56 leave room for nine programs of 128 threads
+# on a core; `weighted_sum` needs 32 but for one width on one card.
+REGISTERS = {"mask_add": 56, "weighted_sum": 56, "add_rows": 32, "quantize": 48}
 
 
 @pytest.fixture(params=deviceless.TARGETS)
@@ -90,15 +82,27 @@ def test_a_donated_accumulator_holds_the_result(compiled, platform):
       assert found["alias"] == found["donated"], name
 
 
+@pytest.mark.parametrize("target", deviceless.TPUS, indirect=True)
+@pytest.mark.parametrize(
+  "kernel", ["mask_add", "weighted_sum", "add_rows"], indirect=True
+)
+def test_rows_are_read_where_they_lie(compiled, kernel):
+  for name, found in compiled.items():
+    moved = 128 * KIB  # keys, weights, and what is too small to matter
+    if kernel.name != "mask_add" and found["donated"] % (4 * KIB):
+      moved += 2 * found["donated"]  # the sum, its length no whole tiles
+    assert found["moved"] <= moved, name
+
+
 @pytest.mark.parametrize("target", deviceless.GPUS, indirect=True)
-def test_no_register_is_spilled(compiled, kernel, target):
+def test_no_register_is_spilled(compiled, kernel):
   if deviceless.ptxas() is None:
     pytest.skip("nvidia-cuda-nvcc is not installed")
   for name, found in compiled.items():
     assert found["empty"] or found["ptx"], name
     for program in found["ptx"].values():
-      limit = SPILLED.get((kernel.name, target), 0)
-      assert program["spills"] <= limit, name
+      assert program["spills"] == 0, name
+      assert program["registers"] <= REGISTERS.get(kernel.name, 255), name
 
 
 @pytest.mark.parametrize("target", deviceless.GPUS, indirect=True)
@@ -110,13 +114,13 @@ def test_masks_shift_no_sign_in_on_a_gpu(compiled):
 
 
 # Bundles of a kernel's busiest loop on a TPU v5e: {case: (loops around it,
-# limit)}, and what it works on. The limits of the weighted sums are what the
-# best of several variants needed when they were designed, those of the others
-# 5 % more than they need.
+# limit)}, and what it works on, 5 % more than they need. To read a MiB takes
+# 1,920 cycles at 819 GB/s and 1.5 GHz, in which time the sums are made, but
+# for a tenth of it more that those of 8 bits take.
 BUDGETS = {
-  "weighted_sum: 256 clients of 2^20 values, 8 bits": (1, 3107),  # 2 MiB
-  "weighted_sum: 256 clients of 2^20 values, 4 bits": (1, 2 * 1799),  # 1 MiB
-  "add_rows: 64 clients of 2^20 values, uint32": (1, 588),  # 1 MiB
+  "weighted_sum: 256 clients of 2^20 values, 8 bits": (2, 551),  # 256 KiB
+  "weighted_sum: 256 clients of 2^20 values, 4 bits": (2, 968),  # 256 KiB
+  "add_rows: 64 clients of 2^20 values, uint32": (2, 164),  # 256 KiB
   "quantize: message of 76,038 values, 8 bits": (1, 147),
   "dequantize: message of 76,038 values, 8 bits": (1, 23),
 }
@@ -129,6 +133,7 @@ def test_schedules_keep_to_their_budgets(case, schedules):
   loops, limit = BUDGETS[case]
   (found,) = schedules[case].values()
   assert sum(found["bundles"][loops]) <= limit
+  assert found["spills"] == 0
 
 
 def test_masks_are_made_once_and_shift_no_sign_in_on_a_tpu(schedules):

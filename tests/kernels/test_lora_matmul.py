@@ -309,12 +309,12 @@ def test_xla_is_left_in_charge_until_it_is_beaten():
 def test_what_does_not_fit_together_is_refused():
   x, w, a, b = draw(ODD)
   for arrays, words in (
-    ((x[0], w, a, b), "x must have 3 axes"),
-    ((x, w[None], a, b), "w must have 2 axes"),
-    ((x, w[1:], a, b), r"w must be float32 or bfloat16 \[100, 70\]"),
-    ((x, w, a[:1], b), r"a must be float32 \[2, 100, 5\], got float32\[1,"),
+    ((x[0], w, a, b), r"x must be float32 or bfloat16 \[C, M, K\]"),
+    ((x, w[None], a, b), r"w must be float32 or bfloat16 \[100, N\]"),
+    ((x, w[1:], a, b), r"got w=bfloat16 \[99, 70\]"),
+    ((x, w, a[:1], b), r"a must be float32 \[2, 100, R\]: got a=float32 \[1,"),
     ((x, w, a, b[:, 1:]), r"b must be float32 \[2, 5, 70\]"),
-    ((x, w, a.astype(w.dtype), b), "got bfloat16"),
+    ((x, w, a.astype(w.dtype), b), "got a=bfloat16"),
     ((x, w, a[:, :, :0], b[:, :0]), "at least 1: got K=100, R=0"),
   ):
     with pytest.raises(ValueError, match=words):

@@ -569,7 +569,10 @@ def test_the_inverse_is_rounded_as_ieee_754_says(bits):
   [
     ({"bits": 3}, "bits must be one of"),
     ({"block": 100}, "block must be one of"),
-    ({"x": np.zeros((2, 3), np.float32)}, "rank 1"),
+    (
+      {"x": np.zeros((2, 3), np.float32)},
+      r"x must be float32 \[D\]: got x=float32 \[2, 3\]",
+    ),
     ({"x": np.zeros(3, np.int32)}, "x must be float32"),
     ({"key": np.zeros(3, np.uint32)}, "key must be uint32"),
     ({"scale": np.zeros(3, np.float32)}, "scale must be float32"),

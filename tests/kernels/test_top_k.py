@@ -332,8 +332,12 @@ def test_each_of_two_devices_adds_up_its_own(implementation):
 @pytest.mark.parametrize(
   ("x", "k", "words"),
   [
-    (np.zeros((2, 3), np.float32), 1, "float32 .D., got float32.2, 3."),
-    (np.zeros(3, np.int32), 1, "got int32.3."),
+    (
+      np.zeros((2, 3), np.float32),
+      1,
+      r"x must be float32 \[D\]: got x=float32 \[2, 3\]",
+    ),
+    (np.zeros(3, np.int32), 1, r"got x=int32 \[3\]"),
     (np.zeros(3, np.float32), 0, "1..3, the size of x: got k=0"),
     (np.zeros(3, np.float32), 4, "got k=4"),
     (np.zeros(0, np.float32), 1, "1..0"),
@@ -348,11 +352,11 @@ def test_what_cannot_be_kept_is_refused(x, k, words):
 def test_what_cannot_be_added_is_refused():
   acc, values, indices, weight = draw(specs.SCATTER_ADD_SPECS[2])
   for arrays, words in (
-    ((acc[None], values, indices, weight), "acc must be float32.D."),
-    ((acc, values[0], indices, weight), "values must be float32.C, K."),
-    ((acc, values, indices[:, 1:], weight), "indices must be int32.5, 37."),
-    ((acc, values, values, weight), "got float32.5, 37."),
-    ((acc, values, indices, weight[1:]), "weight must be float32.5."),
+    ((acc[None], values, indices, weight), r"acc must be float32 \[D\]"),
+    ((acc, values[0], indices, weight), r"values must be float32 \[C, K\]"),
+    ((acc, values, indices[:, 1:], weight), r"indices must be int32 \[5, 37\]"),
+    ((acc, values, values, weight), r"got indices=float32 \[5, 37\]"),
+    ((acc, values, indices, weight[1:]), r"weight must be float32 \[5\]"),
   ):
     with pytest.raises(ValueError, match=words):
       api.scatter_add(*arrays)
