@@ -108,7 +108,12 @@ def test_a_head_is_stored_as_their_classifier(tmp_path):
   told = json.loads((tmp_path / "config.json").read_text())
   assert told["architectures"] == ["BertForSequenceClassification"]
   assert told["id2label"] == {str(i): f"LABEL_{i}" for i in range(3)}
-  assert models.load(tmp_path, classes=3).config == module.config
+  again = models.load(tmp_path, classes=3, seed=7)
+  assert again.config == module.config
+  np.testing.assert_array_equal(again.head.kernel, module.head.kernel)
+  other = models.load(tmp_path, classes=4, seed=7)  # of another size: new
+  fresh = models.load(source, classes=4, seed=7)
+  np.testing.assert_array_equal(other.head.kernel, fresh.head.kernel)
 
 
 def test_a_pooler_that_was_not_loaded_is_kept(tmp_path):
