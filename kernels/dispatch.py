@@ -6,6 +6,7 @@ there. A named implementation is used or refused, never replaced.
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -60,6 +61,15 @@ def register(kernel: Kernel) -> Kernel:
   """Adds a kernel to what `explain` explains."""
   KERNELS[kernel.name] = kernel
   return kernel
+
+
+def lazily(module: str, name: str) -> Callable:
+  """A function of a module that is imported when it is first called."""
+
+  def call(*arrays: Any, **static: Any) -> Any:
+    return getattr(importlib.import_module(module), name)(*arrays, **static)
+
+  return call
 
 
 def call(

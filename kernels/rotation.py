@@ -90,7 +90,7 @@ def unrotate(
 def _check(x, key, block):
   """Raises ValueError unless the arguments are as documented."""
   validate.one_of(api.BLOCKS, block=block)
-  api.expect("x", x, jnp.float32, 1)
+  api.expect("x", x, jnp.float32)
   api.expect_key(key)
 
 

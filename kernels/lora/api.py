@@ -9,36 +9,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fedjax_peft.kernels import dispatch
+from fedjax_peft.kernels import argument, dispatch
 from fedjax_peft.kernels.lora import reference
-
-
-def _pallas_tpu(x, w, a, b, *, scale, flip=False, interpret=False):
-  """Imported when it is needed."""
-  from fedjax_peft.kernels.lora import pallas_tpu
-
-  return pallas_tpu.lora_matmul(
-    x, w, a, b, scale=scale, flip=flip, interpret=interpret
-  )
-
-
-def _pallas_gpu(x, w, a, b, *, scale, flip=False, interpret=False):
-  """Imported when it is needed."""
-  from fedjax_peft.kernels.lora import pallas_gpu
-
-  return pallas_gpu.lora_matmul(
-    x, w, a, b, scale=scale, flip=flip, interpret=interpret
-  )
-
 
 KERNEL = dispatch.register(
   dispatch.Kernel(
     "lora_matmul",
     reference=reference.lora_matmul,
-    pallas_tpu=_pallas_tpu,
-    pallas_gpu=_pallas_gpu,
+    pallas_tpu=dispatch.lazily(f"{__package__}.pallas_tpu", "lora_matmul"),
+    pallas_gpu=dispatch.lazily(f"{__package__}.pallas_gpu", "lora_matmul"),
     why={
       "cpu": (
         "x W alone takes 82 to 94 % of its time (rank 8 and 16, widths 384 to "
@@ -106,29 +86,16 @@ def lora_matmul(
 
 def _check(x, w, a, b, w_t):
   """Raises ValueError unless axes and dtypes fit together."""
-  for name, array, rank in (("x", x, 3), ("w", w, 2), ("a", a, 3)):
-    if array.ndim != rank:
-      raise ValueError(
-        f"{name} must have {rank} axes, got {name}.shape={array.shape}; use "
-        "jax.vmap for more"
-      )
-  (clients, rows, width), columns, rank = x.shape, w.shape[1], a.shape[2]
-  low = (jnp.float32, jnp.bfloat16)
-  wanted = [
-    ("x", x, (clients, rows, width), low),
-    ("w", w, (width, columns), low),
-    ("a", a, (clients, width, rank), low[:1]),
-    ("b", b, (clients, rank, columns), low[:1]),
-  ]
+  low, more = (jnp.float32, jnp.bfloat16), "use jax.vmap for more axes"
+  argument.expect("x", x, low, ("C", "M", "K"), more)
+  clients, _, width = x.shape
+  argument.expect("w", w, low, (width, "N"))
+  columns = w.shape[1]
+  argument.expect("a", a, jnp.float32, (clients, width, "R"))
+  rank = a.shape[2]
+  argument.expect("b", b, jnp.float32, (clients, rank, columns))
   if w_t is not None:
-    wanted.append(("w_t", w_t, (columns, width), (w.dtype,)))
-  for name, array, shape, dtypes in wanted:
-    if array.shape != shape or array.dtype not in dtypes:
-      kinds = " or ".join(str(np.dtype(d)) for d in dtypes)
-      raise ValueError(
-        f"{name} must be {kinds} {list(shape)}, got "
-        f"{array.dtype}{list(array.shape)}"
-      )
+    argument.expect("w_t", w_t, w.dtype, (columns, width))
   if not (width and rank):
     raise ValueError(f"K and R must be at least 1: got K={width}, R={rank}")
 

@@ -33,20 +33,17 @@ def lora_matmul(
   rank, columns = b.shape[1:]
   if not (clients and rows and columns):
     return jnp.zeros((clients, rows, columns), jnp.float32)
-  padding = max(pl.next_power_of_2(rank), NARROWEST) - rank
-  a = jnp.pad(a, ((0, 0), (0, 0), (0, padding)))
-  b = jnp.pad(b, ((0, 0), (0, padding), (0, 0)))
-  rank += padding
+  broad = max(pl.next_power_of_2(rank), NARROWEST)
   return pl.pallas_call(
     functools.partial(
-      _kernel, shape=(rows, width, columns), scale=scale, flip=flip
+      _kernel, shape=(rows, width, columns, rank), scale=scale, flip=flip
     ),
     grid=(clients, pl.cdiv(rows, ROWS), pl.cdiv(columns, COLUMNS)),
     in_specs=[
       pl.BlockSpec((None, rows, width), lambda c, m, n: (c, 0, 0)),
       pl.BlockSpec(w.shape, lambda c, m, n: (0, 0)),
-      pl.BlockSpec((None, width, rank), lambda c, m, n: (c, 0, 0)),
-      pl.BlockSpec((None, rank, columns), lambda c, m, n: (c, 0, 0)),
+      pl.BlockSpec((None, width, broad), lambda c, m, n: (c, 0, 0)),
+      pl.BlockSpec((None, broad, columns), lambda c, m, n: (c, 0, 0)),
     ],
     out_specs=pl.BlockSpec((None, rows, columns), lambda c, m, n: (c, 0, 0)),
     out_shape=jax.ShapeDtypeStruct((clients, rows, columns), jnp.float32),
@@ -58,11 +55,12 @@ def lora_matmul(
 
 def _kernel(x, w, a, b, out, *, shape, scale, flip):
   """One tile of the result, over all of K."""
-  rows, width, columns = shape
-  rank = a.shape[1]
+  rows, width, columns, rank = shape
+  broad = a.shape[1]
   row = pl.ds(pl.program_id(1) * ROWS, ROWS)
   column = pl.ds(pl.program_id(2) * COLUMNS, COLUMNS)
   in_rows = row.start + lax.iota(jnp.int32, ROWS) < rows
+  in_rank = lax.iota(jnp.int32, broad) < rank
   in_columns = column.start + lax.iota(jnp.int32, COLUMNS) < columns
 
   def add(i, sums):
@@ -74,17 +72,17 @@ def _kernel(x, w, a, b, out, *, shape, scale, flip):
       right = _load(w, column, part, in_columns, inside)
     else:
       right = _load(w, part, column, inside, in_columns)
-    down = _load(a, part, pl.ds(0, rank), inside, None)
+    down = _load(a, part, pl.ds(0, broad), inside, in_rank)
     wide += _dot(left.astype(w.dtype), right, int(flip))
     narrow += _dot(left.astype(jnp.float32), down, 0)
     return wide, narrow
 
   start = (
     jnp.zeros((ROWS, COLUMNS), jnp.float32),
-    jnp.zeros((ROWS, rank), jnp.float32),
+    jnp.zeros((ROWS, broad), jnp.float32),
   )
   wide, narrow = lax.fori_loop(0, pl.cdiv(width, DEPTH), add, start)
-  up = _load(b, pl.ds(0, rank), column, None, in_columns)
+  up = _load(b, pl.ds(0, broad), column, in_rank, in_columns)
   side = _dot(narrow * np.float32(scale), up, 0)
   y = wide + jnp.where(side == 0, np.float32(-0.0), side)
   inside = in_rows[:, None] & in_columns[None, :]
@@ -92,12 +90,8 @@ def _kernel(x, w, a, b, out, *, shape, scale, flip):
 
 
 def _load(ref, row, column, in_rows, in_columns):
-  """A tile, zero outside of the matrix; None has no outside."""
-  mask = jnp.ones((row.size, column.size), jnp.bool_)
-  if in_rows is not None:
-    mask &= in_rows[:, None]
-  if in_columns is not None:
-    mask &= in_columns[None, :]
+  """A tile, zero outside of the matrix."""
+  mask = in_rows[:, None] & in_columns[None, :]
   return plgpu.load(ref.at[row, column], mask=mask, other=0.0)
 
 

@@ -10,7 +10,7 @@ Learning, 2017, https://eprint.iacr.org/2017/281
 import jax
 import numpy as np
 
-from fedjax_peft.kernels import dispatch, native
+from fedjax_peft.kernels import argument, dispatch, native
 from fedjax_peft.kernels.mask import layout, reference
 
 
@@ -67,19 +67,11 @@ def mask_add(
     >>> y.sum(0)
     Array([4, 6], dtype=uint32)
   """
-  P = keys.shape[0] if keys.ndim else 0
-  for name, x, dtype, shape, letters in (
-    ("q", q, np.uint32, q.shape if q.ndim == 2 else None, "[C, D]"),
-    ("keys", keys, np.uint32, (P, 8), "[P, 8]"),
-    ("plus", plus, np.int32, (P,), "[P]"),
-    ("minus", minus, np.int32, (P,), "[P]"),
-    ("nonce", nonce, np.uint32, (3,), "[3]"),
-  ):
-    if x.dtype != dtype or x.shape != shape:
-      raise ValueError(
-        f"{name} must be {np.dtype(dtype)} {letters}: got {x.dtype} "
-        f"{list(x.shape)}, with {P=} keys"
-      )
+  argument.expect("q", q, np.uint32, ("C", "D"))
+  argument.expect("keys", keys, np.uint32, ("P", 8))
+  for name, rows in (("plus", plus), ("minus", minus)):
+    argument.expect(name, rows, np.int32, keys.shape[:1])
+  argument.expect("nonce", nonce, np.uint32, (3,))
   if q.shape[1] > layout.MAX_D:
     raise ValueError(
       f"a nonce is good for at most {layout.MAX_D} values: got "
@@ -90,32 +82,9 @@ def mask_add(
   )
 
 
-def _native(q, keys, plus, minus, nonce):
+def _native(*arrays):
   """C++: each thread takes some lanes of all rows."""
-  return native.call(
-    "mask.MaskAdd",
-    jax.ShapeDtypeStruct(q.shape, q.dtype),
-    q,
-    keys,
-    plus,
-    minus,
-    nonce,
-    aliases={0: 0},
-  )
-
-
-def _pallas_tpu(*arrays, interpret=False):
-  """Pallas for TPUs, imported where it is used."""
-  from fedjax_peft.kernels.mask import pallas_tpu
-
-  return pallas_tpu.mask_add(*arrays, interpret=interpret)
-
-
-def _pallas_gpu(*arrays, interpret=False):
-  """Pallas for GPUs, imported where it is used."""
-  from fedjax_peft.kernels.mask import pallas_gpu
-
-  return pallas_gpu.mask_add(*arrays, interpret=interpret)
+  return native.in_place("mask.MaskAdd", *arrays)
 
 
 KERNEL = dispatch.register(
@@ -123,8 +92,8 @@ KERNEL = dispatch.register(
     "mask_add",
     reference=reference.mask_add,
     native=_native,
-    pallas_tpu=_pallas_tpu,
-    pallas_gpu=_pallas_gpu,
+    pallas_tpu=dispatch.lazily(f"{__package__}.pallas_tpu", "mask_add"),
+    pallas_gpu=dispatch.lazily(f"{__package__}.pallas_gpu", "mask_add"),
     library="mask",
     in_place=True,
   )

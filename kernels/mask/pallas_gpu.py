@@ -59,12 +59,13 @@ def _kernel(keys, plus, minus, nonce, q, y, *, interpret):
     return (row >= 0) & (row < C)
 
   def add(row, stream):
-    @pl.when(is_row(row))
-    def _():
-      at = begin
-      for x in stream:
-        _add_at(y, row, at, x, at < D, interpret)
-        at += n
+    # A mask, not a branch: in a branch the row of a single client would be
+    # known, and registers would hold its addresses through all the rounds.
+    end = jnp.where(is_row(row), jnp.int32(D), jnp.int32(0))
+    at = begin
+    for x in stream:
+      _add_at(y, row, at, x, at < end, interpret)
+      at += n
 
   def pair(p, carry):
     to, from_ = plus[p], minus[p]

@@ -85,3 +85,11 @@ def call(
     vmap_method="broadcast_all",
     input_output_aliases=aliases,
   )(*arrays, **attributes)
+
+
+def in_place(
+  target: str, first: jax.Array, *rest: Any, **attributes: Any
+) -> jax.Array:
+  """Calls a native function whose result takes its first argument's place."""
+  result = jax.ShapeDtypeStruct(first.shape, first.dtype)
+  return call(target, result, first, *rest, aliases={0: 0}, **attributes)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_peft import validate
-from fedjax_peft.kernels import dispatch, native
+from fedjax_peft.kernels import argument, dispatch, native
 from fedjax_peft.kernels.quantization import reference
 
 BITS = (1, 2, 4, 8, 16)
@@ -125,7 +125,7 @@ def quantize(
     Array([-99.,   0.,  50., 200.], dtype=float32)
   """
   x, key = jnp.asarray(x), jnp.asarray(key)
-  expect("x", x, jnp.float32, 1)
+  expect("x", x, jnp.float32)
   expect_key(key)
   lay = layout(x.size, bits=bits, block=block)
   given: tuple = ()
@@ -181,7 +181,7 @@ def dequantize(
   """
   packed, scale = jnp.asarray(packed), jnp.asarray(scale)
   lay = layout(size, bits=bits, block=block)
-  expect("packed", packed, reference.wire_dtype(bits), 1)
+  expect("packed", packed, reference.wire_dtype(bits))
   if packed.size != lay.length:
     raise ValueError(
       f"packed must hold {lay.length} integers for {size=} {bits=} {block=}, "
@@ -197,22 +197,15 @@ def dequantize(
   return x.reshape(-1)[:size]
 
 
-def expect(name: str, array: jax.Array, dtype: Any, ndim: int) -> None:
-  """Raises ValueError unless an array has this dtype and rank."""
-  if array.dtype != dtype or array.ndim != ndim:
-    raise ValueError(
-      f"{name} must be {np.dtype(dtype).name} of rank {ndim}, got "
-      f"{array.dtype} {list(array.shape)}; use jax.vmap for many vectors"
-    )
+def expect(name: str, array: jax.Array, dtype: Any) -> None:
+  """Raises ValueError unless an array is a vector of this dtype."""
+  argument.expect(name, array, dtype, ("D",), "use jax.vmap for many vectors")
 
 
 def expect_key(key: jax.Array) -> None:
   """Raises ValueError unless a key is uint32 [2]."""
-  if key.dtype != jnp.uint32 or key.shape != (2,):
-    raise ValueError(
-      f"key must be uint32 [2], got {key.dtype} {list(key.shape)}; use "
-      "jax.random.key_data, and jax.vmap for many vectors"
-    )
+  hint = "use jax.random.key_data, and jax.vmap for many vectors"
+  argument.expect("key", key, jnp.uint32, (2,), hint)
 
 
 def _scales(scale, blocks):
@@ -261,36 +254,14 @@ def _dequantize_native(packed, scale, *, bits):
   )
 
 
-def _tpu(name):
-  """A function of pallas_tpu, imported when it is called."""
-
-  def call(*arrays: Any, **static: Any):
-    from fedjax_peft.kernels.quantization import pallas_tpu
-
-    return getattr(pallas_tpu, name)(*arrays, **static)
-
-  return call
-
-
-def _gpu(name):
-  """A function of pallas_gpu, imported when it is called."""
-
-  def call(*arrays: Any, **static: Any):
-    from fedjax_peft.kernels.quantization import pallas_gpu
-
-    return getattr(pallas_gpu, name)(*arrays, **static)
-
-  return call
-
-
 KERNEL, DEQUANTIZE = (
   dispatch.register(
     dispatch.Kernel(
       name,
       reference=getattr(reference, name),
       native=fun,
-      pallas_tpu=_tpu(name),
-      pallas_gpu=_gpu(name),
+      pallas_tpu=dispatch.lazily(f"{__package__}.pallas_tpu", name),
+      pallas_gpu=dispatch.lazily(f"{__package__}.pallas_gpu", name),
       library="quantize",
     )
   )

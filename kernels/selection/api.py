@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_peft.kernels import dispatch, native
+from fedjax_peft.kernels import argument, dispatch, native
 from fedjax_peft.kernels.selection import reference
 
 
@@ -21,26 +21,9 @@ def _native(x, *, k):
   return tuple(native.call("top_k.TopK", result, x))
 
 
-def _pallas_tpu(x, *, k, interpret=False):
-  """Imported when it is needed."""
-  from fedjax_peft.kernels.selection import pallas_tpu
-
-  return pallas_tpu.top_k(x, k=k, interpret=interpret)
-
-
-def _pallas_gpu(x, *, k, interpret=False):
-  """Imported when it is needed."""
-  from fedjax_peft.kernels.selection import pallas_gpu
-
-  return pallas_gpu.top_k(x, k=k, interpret=interpret)
-
-
-def _native_scatter_add(acc, values, indices, weight):
+def _native_scatter_add(*arrays):
   """C++: plain loops over ranges of the accumulator."""
-  result = jax.ShapeDtypeStruct(acc.shape, acc.dtype)
-  return native.call(
-    "top_k.ScatterAdd", result, acc, values, indices, weight, aliases={0: 0}
-  )
+  return native.in_place("top_k.ScatterAdd", *arrays)
 
 
 KERNEL = dispatch.register(
@@ -48,8 +31,8 @@ KERNEL = dispatch.register(
     "top_k",
     reference=reference.top_k,
     native=_native,
-    pallas_tpu=_pallas_tpu,
-    pallas_gpu=_pallas_gpu,
+    pallas_tpu=dispatch.lazily(f"{__package__}.pallas_tpu", "top_k"),
+    pallas_gpu=dispatch.lazily(f"{__package__}.pallas_gpu", "top_k"),
     library="top_k",
   )
 )
@@ -103,11 +86,9 @@ def top_k(
     >>> values, indices
     (Array([-3.,  2.], dtype=float32), Array([1, 3], dtype=int32))
   """
-  if x.ndim != 1 or x.dtype != jnp.float32:
-    raise ValueError(
-      f"x must be float32 [D], got {x.dtype}{list(x.shape)}; cast it, and use "
-      "jax.vmap for more axes"
-    )
+  argument.expect(
+    "x", x, jnp.float32, ("D",), "cast it, and use jax.vmap for more axes"
+  )
   if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
     raise ValueError(f"k must be an integer, known when compiling: got {k=}")
   if not 1 <= k <= x.size:
@@ -155,19 +136,10 @@ def scatter_add(
   """
   if weight is None:
     weight = jnp.ones(values.shape[:1], jnp.float32)
-  axes = values.shape if values.ndim == 2 else ("C", "K")
-  wanted = {
-    "acc": (acc, acc.shape if acc.ndim == 1 else ("D",), jnp.float32),
-    "values": (values, axes, jnp.float32),
-    "indices": (indices, axes, jnp.int32),
-    "weight": (weight, axes[:1], jnp.float32),
-  }
-  for name, (array, shape, dtype) in wanted.items():
-    if array.shape != shape or array.dtype != dtype:
-      raise ValueError(
-        f"{name} must be {np.dtype(dtype)}[{', '.join(map(str, shape))}], got "
-        f"{array.dtype}{list(array.shape)}"
-      )
+  argument.expect("acc", acc, jnp.float32, ("D",))
+  argument.expect("values", values, jnp.float32, ("C", "K"))
+  argument.expect("indices", indices, jnp.int32, values.shape)
+  argument.expect("weight", weight, jnp.float32, values.shape[:1])
   return dispatch.call(
     SCATTER_ADD, acc, values, indices, weight, implementation=implementation
   )

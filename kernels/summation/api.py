@@ -4,13 +4,11 @@ Both functions add into an accumulator, so that a cohort of any size can be
 taken in as it arrives. Donate it (`donate_argnums`) and nothing is copied.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_peft.kernels import dispatch, native
+from fedjax_peft.kernels import argument, dispatch, native
 from fedjax_peft.kernels.quantization import api as quantize
 from fedjax_peft.kernels.summation import reference
 
@@ -66,10 +64,11 @@ def weighted_sum(
   scale, weight = jnp.asarray(scale), jnp.asarray(weight)
   lay = quantize.layout(acc.size, bits=bits, block=block)
   wire = {16: jnp.int16, 8: jnp.int8}.get(bits, jnp.uint8)
-  _expect("acc", acc, [jnp.float32], (acc.size,))
-  _expect("weight", weight, [jnp.float32], (weight.size,))
-  _expect("packed", packed, [wire], (weight.size, lay.length))
-  _expect("scale", scale, [jnp.float32], (weight.size, lay.blocks))
+  clients = weight.size
+  argument.expect("acc", acc, jnp.float32, ("D",))
+  argument.expect("weight", weight, jnp.float32, ("C",))
+  argument.expect("packed", packed, wire, (clients, lay.length))
+  argument.expect("scale", scale, jnp.float32, (clients, lay.blocks))
   return dispatch.call(
     KERNEL,
     acc,
@@ -121,9 +120,9 @@ def add_rows(
     Array([ 4, 21], dtype=uint8)
   """
   acc, rows, present = map(jnp.asarray, (acc, rows, present))
-  _expect("acc", acc, DTYPES, (acc.size,))
-  _expect("rows", rows, [acc.dtype], (present.size, acc.size))
-  _expect("present", present, [present.dtype], (present.size,))
+  argument.expect("acc", acc, DTYPES, ("D",))
+  argument.expect("rows", rows, acc.dtype, (present.size, acc.size))
+  argument.expect("present", present, present.dtype, ("C",))
   if present.dtype != jnp.bool:
     present = present > 0
   if implementation is None:
@@ -147,85 +146,28 @@ def _rows_jvp(primals, tangents):
 DTYPES = (jnp.uint8, jnp.uint16, jnp.uint32, jnp.float32)
 
 
-def _expect(name: str, x: jax.Array, dtypes: Any, shape: tuple) -> None:
-  """Raises ValueError unless an array has one of the dtypes and the shape."""
-  known = [jnp.dtype(d) for d in dtypes]
-  if x.dtype not in known or x.shape != shape:
-    names = " or ".join(d.name for d in known)
-    raise ValueError(
-      f"{name} must be {names} {list(shape)}: got {name}={x.dtype} "
-      f"{list(x.shape)}"
+def _sum_native(*arrays, bits, block):
+  """C++; each thread takes some values of all clients."""
+  sizes = {"bits": np.int64(bits), "block": np.int64(block)}
+  return native.in_place("weighted_sum.WeightedSum", *arrays, **sizes)
+
+
+def _rows_native(*arrays):
+  """C++; each thread takes some values of all clients."""
+  return native.in_place("weighted_sum.AddRows", *arrays)
+
+
+KERNEL, ROWS = (
+  dispatch.register(
+    dispatch.Kernel(
+      name,
+      reference=getattr(reference, name),
+      native=fun,
+      pallas_tpu=dispatch.lazily(f"{__package__}.pallas_tpu", name),
+      pallas_gpu=dispatch.lazily(f"{__package__}.pallas_gpu", name),
+      library="weighted_sum",
+      in_place=True,
     )
-
-
-def _sum_native(acc, packed, scale, weight, *, bits, block):
-  return native.call(
-    "weighted_sum.WeightedSum",
-    jax.ShapeDtypeStruct(acc.shape, acc.dtype),
-    acc,
-    packed,
-    scale,
-    weight,
-    aliases={0: 0},
-    bits=np.int64(bits),
-    block=np.int64(block),
   )
-
-
-def _sum_tpu(*arrays, **static):
-  from fedjax_peft.kernels.summation import pallas_tpu
-
-  return pallas_tpu.weighted_sum(*arrays, **static)
-
-
-def _sum_gpu(*arrays, **static):
-  from fedjax_peft.kernels.summation import pallas_gpu
-
-  return pallas_gpu.weighted_sum(*arrays, **static)
-
-
-def _rows_native(acc, rows, present):
-  return native.call(
-    "weighted_sum.AddRows",
-    jax.ShapeDtypeStruct(acc.shape, acc.dtype),
-    acc,
-    rows,
-    present,
-    aliases={0: 0},
-  )
-
-
-def _rows_tpu(*arrays, **static):
-  from fedjax_peft.kernels.summation import pallas_tpu
-
-  return pallas_tpu.add_rows(*arrays, **static)
-
-
-def _rows_gpu(*arrays, **static):
-  from fedjax_peft.kernels.summation import pallas_gpu
-
-  return pallas_gpu.add_rows(*arrays, **static)
-
-
-KERNEL = dispatch.register(
-  dispatch.Kernel(
-    "weighted_sum",
-    reference=reference.weighted_sum,
-    native=_sum_native,
-    pallas_tpu=_sum_tpu,
-    pallas_gpu=_sum_gpu,
-    library="weighted_sum",
-    in_place=True,
-  )
-)
-ROWS = dispatch.register(
-  dispatch.Kernel(
-    "add_rows",
-    reference=reference.add_rows,
-    native=_rows_native,
-    pallas_tpu=_rows_tpu,
-    pallas_gpu=_rows_gpu,
-    library="weighted_sum",
-    in_place=True,
-  )
+  for name, fun in (("weighted_sum", _sum_native), ("add_rows", _rows_native))
 )

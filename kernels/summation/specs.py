@@ -51,6 +51,8 @@ SPECS: tuple[specs.Spec, ...] = (
   _spec("a head 6x384, 1 bit", wires(9, 2_304, 1)),
   _spec("a head 6x384, 16 bits", wires(3, 2_304, 16, 128)),
   _spec("blocks of 1024, 4 bits", wires(5, 10_000, 4, 1024)),
+  _spec("blocks of 128, 1 bit", wires(5, 1500, 1, 128)),
+  _spec("blocks of 4096, 16 bits", wires(3, 9000, 16, 4096)),
   _spec("odd tail within the first plane, 4 bits", wires(5, 1000, 4)),
   _spec("odd tail of one value, 2 bits", wires(6, 513, 2)),
   _spec("odd tail within the last plane, 1 bit", wires(3, 509, 1)),

@@ -113,13 +113,12 @@ def test_masks_shift_no_sign_in_on_a_gpu(compiled):
       assert program["shr.s32"] == 0, name
 
 
-# Bundles of a kernel's busiest loop on a TPU v5e: {case: (loops around it,
-# limit)}, and what it works on, 5 % more than they need. To read a MiB takes
-# 1,920 cycles at 819 GB/s and 1.5 GHz, in which time the sums are made, but
-# for a tenth of it more that those of 8 bits take.
+# Bundles of a kernel's busiest loops on a TPU v5e: {case: (loops around them,
+# limit)}, and what they work on; the limits are 5 % more than they need. To
+# read 256 KiB takes 480 cycles at 819 GB/s and 1.5 GHz.
 BUDGETS = {
   "weighted_sum: 256 clients of 2^20 values, 8 bits": (2, 551),  # 256 KiB
-  "weighted_sum: 256 clients of 2^20 values, 4 bits": (2, 968),  # 256 KiB
+  "weighted_sum: 256 clients of 2^20 values, 4 bits": (2, 1009),  # 256 KiB
   "add_rows: 64 clients of 2^20 values, uint32": (2, 164),  # 256 KiB
   "quantize: message of 76,038 values, 8 bits": (1, 147),
   "dequantize: message of 76,038 values, 8 bits": (1, 23),
