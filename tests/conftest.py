@@ -23,6 +23,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+  """Forgets compiled programs once they take up gigabytes."""
+  yield
+  statm = pathlib.Path("/proc/self/statm")
+  if statm.exists():
+    pages = int(statm.read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
+      jax.clear_caches()
+
+
 @pytest.fixture
 def tol():
   """The tolerance 4 eps sqrt(n): `tol(dtype, n)`."""
