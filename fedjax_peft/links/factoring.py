@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_peft import link, tree, validate
+from fedjax_peft import linalg, link, tree, validate
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +66,7 @@ def lowrank(rank: int) -> link.Link:
     peak = jnp.max(jnp.abs(m), initial=0)
     peak = jnp.where(jnp.isfinite(peak) & (peak > 0), peak, 1)
     columns = jax.random.normal(key, (x.shape[-1], rank))
-    left, _ = jnp.linalg.qr(jnp.matmul(m / peak, columns, precision="highest"))
+    left, _ = linalg.basis(jnp.matmul(m / peak, columns, precision="highest"))
     right = jnp.matmul(jnp.swapaxes(left, -1, -2), m, precision="highest")
     return Thin(left, right, np.dtype(x.dtype))
 

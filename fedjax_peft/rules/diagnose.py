@@ -8,6 +8,7 @@ decompositions, so that it can be left on.
 import jax
 import jax.numpy as jnp
 
+from fedjax_peft import linalg
 from fedjax_peft.rules import heard as heard_lib
 from fedjax_peft.rules import product
 from fedjax_peft.rules import rule as rule_lib
@@ -70,9 +71,9 @@ def _between(pair, params, heard):
   """(mean largest angle between two clients [deg], mean drift of a client)."""
   a, b = (x[:_CLIENTS] for x in heard_lib.factors(heard, pair, params))
   here = heard.weights[:_CLIENTS] > 0
-  q, _ = jnp.linalg.qr(a)
+  q, _ = linalg.basis(a)
   across = jnp.einsum("c...kr,d...ks->cd...rs", q, q, precision="highest")
-  cosine = jnp.linalg.svd(across, compute_uv=False)[..., -1]
+  cosine = linalg.singular_values(across)[..., -1]
   angle = jnp.degrees(jnp.arccos(jnp.clip(cosine, 0, 1)))
   angle = angle.reshape(*angle.shape[:2], -1).mean(-1)
   others = here[:, None] & here[None] & ~jnp.eye(here.size, dtype=bool)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_peft import linalg
+
 
 class Stack(NamedTuple):
   """The matrix left^T diag(weights) right.
@@ -125,13 +127,11 @@ def svd(product: Product, rank: int) -> Svd:
   if core > _SMALL and 4 * rank <= core:
     found = _leading(product, rank)
   elif isinstance(product, Dense):
-    found = jnp.linalg.svd(product.matrix, full_matrices=False)
+    found = linalg.svd(product.matrix)
   else:
-    q1, r1 = jnp.linalg.qr(_t(product.left))
-    q2, r2 = jnp.linalg.qr(_t(product.weighted(product.right)))
-    left, values, right = jnp.linalg.svd(
-      matmul(r1, _t(r2)), full_matrices=False
-    )
+    q1, r1 = linalg.basis(_t(product.left))
+    q2, r2 = linalg.basis(_t(product.weighted(product.right)))
+    left, values, right = linalg.svd(matmul(r1, _t(r2)))
     found = (
       matmul(q1, left[..., :rank]),
       values,
@@ -167,23 +167,23 @@ def _leading(product, rank):
     m = product.matrix
     flip = m.shape[-2] < m.shape[-1]
     gram = matmul(m, _t(m)) if flip else matmul(_t(m), m)
-    found = jnp.linalg.eigh(gram)[1][..., ::-1][..., :rank]
+    found = linalg.eigh(gram)[1][..., ::-1][..., :rank]
     start = matmul(_t(m), found) if flip else found
   else:
     # With left left^T = C C^T, C^T right has the product's right singular
     # vectors: its Gram matrix is right^T left left^T right.
     gram, outer = product.inner()
     scale = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    c = jnp.linalg.cholesky(gram + 1e-6 * scale * eye_like(gram))
+    c = linalg.cholesky(gram + 1e-6 * scale * eye_like(gram))
     inner = matmul(matmul(_t(c), outer), c)
-    found = jnp.linalg.eigh(inner)[1][..., ::-1][..., :rank]
+    found = linalg.eigh(inner)[1][..., ::-1][..., :rank]
     start = matmul(_t(product.right), product.weighted(matmul(c, found)))
   for _ in range(2):
-    start, _ = jnp.linalg.qr(start)
+    start, _ = linalg.basis(start)
     start = _apply_t(product, _apply(product, start))
-  right, _ = jnp.linalg.qr(start)  # [..., F, R]
+  right, _ = linalg.basis(start)  # [..., F, R]
   made = _apply(product, right)  # [..., K, R]
-  left, values, turn = jnp.linalg.svd(made, full_matrices=False)
+  left, values, turn = linalg.svd(made)
   return left, values, matmul(turn, _t(right))
 
 
@@ -249,13 +249,13 @@ def values(product: Product) -> jax.Array:
     gram, outer = product.inner()
     root = _root(gram)
     gram = matmul(matmul(root, outer), root)
-  square = jnp.linalg.eigvalsh(gram)[..., ::-1]
+  square = linalg.eigh(gram)[0][..., ::-1]
   return jnp.sqrt(jnp.maximum(square, 0))
 
 
 def _root(gram):
   """The symmetric square root of a Gram matrix."""
-  square, vectors = jnp.linalg.eigh(gram)
+  square, vectors = linalg.eigh(gram)
   root = jnp.sqrt(jnp.maximum(square, 0))
   return matmul(vectors * root[..., None, :], _t(vectors))
 
@@ -270,7 +270,7 @@ def turn(a, b, to_a, to_b) -> jax.Array:
 
 def nearest_rotation(matrix: jax.Array) -> jax.Array:
   """The orthogonal matrix that is nearest to one [..., R, R] (Procrustes)."""
-  left, _, right = jnp.linalg.svd(matrix, full_matrices=False)
+  left, _, right = linalg.svd(matrix)
   return matmul(left, right)
 
 

@@ -10,7 +10,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from fedjax_peft import validate
+from fedjax_peft import linalg, validate
 from fedjax_peft.rules import heard as heard_lib
 from fedjax_peft.rules import product
 from fedjax_peft.rules.rule import Rule, recombine, terms
@@ -150,9 +150,7 @@ def fair(strength: float = 0.01, *, steps: int = 0, rate: float = 0.1) -> Rule:
     gram = gram + strength * product.eye_like(gram)
     seen = _project(a, residual)
     # A mean of factors may have lost rank: least squares of least norm.
-    return product.matmul(
-      jnp.linalg.pinv(gram, rtol=1e-6, hermitian=True), seen
-    )
+    return product.matmul(linalg.inverse(gram), seen)
 
   def descend(a, b, residual):
     target = product.expand(residual) + product.matmul(a, b)
