@@ -50,25 +50,9 @@ ALGORITHMS: dict[str, Callable] = {
   "flasc": alias.flasc,
   **{
     name: getattr(algorithms, name)
-    for name in (
-      "afl",
-      "apfl",
-      "centralized",
-      "ditto",
-      "feddpa",
-      "feddyn",
-      "fednova",
-      "fedper",
-      "fedrep",
-      "hilora",
-      "local_only",
-      "mime_lite",
-      "per_fedavg",
-      "pfedme",
-      "qffl",
-      "reptile",
-      "scaffold",
-    )
+    for name in algorithms.__all__
+    # These are for adapters and data, or need a function of the user's.
+    if name not in ("mix", "moon", "pooled", "stack")
   },
 }
 REDUCTIONS: dict[str, Callable] = {
@@ -78,6 +62,16 @@ ATTACKS: dict[str, Callable] = {
   name: getattr(attack, name)
   for name in ("gaussian", "label_flip", "scale", "sign_flip")
 }
+
+
+# What these algorithms say themselves, so that a config must not.
+_TAKEN: dict[str, tuple[str, ...]] = {
+  "centralized": ("placement",),
+  "flasc": ("uplink", "downlink"),
+  "local_only": ("placement",),
+  "reptile": ("server",),
+}
+_PLAIN = schema.Config(model=schema.Model(name=""), data={})
 
 
 def algorithm_of(
@@ -103,14 +97,13 @@ def algorithm_of(
       "downlink": chain_of(run.downlink, "downlink"),
       "placement": run.placement,
     }
-  if name in ("flasc", "local_only", "reptile"):
-    # These say themselves what crosses, where leaves live or how they move.
-    taken = {
-      "flasc": ("uplink", "downlink"),
-      "local_only": ("placement",),
-      "reptile": ("server",),
-    }[name]
-    given = {k: v for k, v in given.items() if k not in taken}
+  for taken in _TAKEN.get(name, ()):
+    if getattr(run, taken) != getattr(_PLAIN, taken):
+      raise ValueError(
+        f"algorithm '{name}' says itself what '{taken}' is: got "
+        f"{getattr(run, taken)}; leave '{taken}' out of the config"
+      )
+    given.pop(taken, None)
   known = inspect.signature(factory).parameters
   if "clients" in known:
     everyone = len(population)

@@ -17,7 +17,7 @@ _CLIENTS = 16  # of whom angles are taken
 
 
 def watch(pairs: rule_lib.Pairs):
-  """Makes a `Tier.watch` for adapters.
+  """Makes a `Tier.watch` for adapters of which both factors travel.
 
   Args:
     pairs: the adapters.
@@ -43,6 +43,8 @@ def watch(pairs: rule_lib.Pairs):
 
     errors, totals = [], []
     for pair in pairs:
+      if pair.a not in params or pair.b not in params:
+        continue  # a factor that never changes, or that clients keep
       a = params[pair.a] - mean.get(pair.a, 0)
       b = params[pair.b] - mean.get(pair.b, 0)
       both = product.stack(a, b)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fedjax_peft import linalg, validate
 from fedjax_peft.rules import heard as heard_lib
 from fedjax_peft.rules import product
-from fedjax_peft.rules.rule import Rule, recombine, terms
+from fedjax_peft.rules.rule import Rule, means, recombine, terms
 
 
 def flora(*, seed: int = 0) -> Rule:
@@ -206,7 +206,7 @@ def fedsvd(every: int = 1) -> Rule:
 
   def server(pairs):
     def step(pair, params, message, count):
-      a, b = params[pair.a], params[pair.b] - message[pair.b]
+      a, b = params[pair.a], params[pair.b] - means(message)[pair.b]
       found = product.svd(product.stack(a, b), a.shape[-1])
       due = (count + 1) % every == 0
       # Columns of a zero adapter would be arbitrary: keep the old ones.

@@ -123,7 +123,8 @@ def bind(rule: Rule, model: objective.Model, *, watch: bool = False) -> Bound:
       f"rule '{rule.name}' moves the layers themselves, but '{without[0]}' has "
       "no residual; build the adapters with peft.lora(..., residual=True)"
     )
-  if rule.linear and not watch:
+  # Where one factor alone is reported there is nothing more to hear.
+  if rule.linear and (not watch or rule.placement):
     server = None if rule.server is None else rule.server(pairs)
     return Bound(rule, pairs, reduce_lib.sum(), server)
   reduce = heard_lib.hear(pairs, one_by_one=rule.one_by_one)
@@ -184,16 +185,16 @@ def check(
       f"clients of different ranks cannot be aggregated by '{rule.name}'; use "
       "fedit, hetlora, flexlora, flora, fedex or fair"
     )
-  if not rule.rebases:
-    return
-  if server is not None:
+  if server is not None and (rule.rebases or rule.active is not None):
     state = server.init({"a": jnp.zeros((1,))})
     if any(tree.is_float(x) for x in jax.tree.leaves(state)):
       raise ValueError(
-        f"'{rule.name}' gives the factors a new meaning in each round, which "
+        f"'{rule.name}' gives the factors another part in each round, which "
         "a server optimizer with memory would mix up; use server=None or "
         "optax.sgd(rate)"
       )
+  if not rule.rebases:
+    return
   for part in link.parts_of(uplink) if uplink is not None else ():
     if part.name.startswith("error_feedback"):
       raise ValueError(

@@ -285,6 +285,19 @@ def test_diagnostics_are_those_of_the_clients():
     np.testing.assert_allclose(a, b, atol=NEAR)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_can_be_watched_and_is_not_changed_by_it(name):
+  new, outcome = player(name, watch=True).play(COHORT, COHORT)
+  same, _ = player(name).play(COHORT, COHORT)
+  for a, b in zip(
+    jax.tree.leaves(new.params), jax.tree.leaves(same.params), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=NEAR)
+  said = [k for k in outcome.record if "/lora/" in k]
+  assert bool(said) == (name not in ("ffa", "fedsa"))  # one factor alone
+  assert all(np.isfinite(outcome.record[k]) for k in said)
+
+
 def test_a_secure_sum_is_refused_by_a_rule_that_needs_every_product():
   with pytest.raises(ValueError, match="'count'.*linear.*ffa"):
     fp.chain(fp.count(max_weight=8), fp.fixed_point(32), fp.mask())
@@ -303,6 +316,7 @@ def test_a_secure_sum_is_refused_by_a_rule_that_needs_every_product():
   [
     ({"rule": fp.rules.ffa(), "ranks": True}, "flexlora"),
     ({"rule": fp.rules.flora(), "server": optax.adam(0.1)}, "memory"),
+    ({"rule": fp.rules.rolora(), "server": optax.adam(0.1)}, "memory"),
     (
       {
         "rule": fp.rules.flora(),

@@ -27,6 +27,10 @@ ALGORITHMS = {
   "reptile": "rate=0.5",
   "scaffold": "",
 }
+ALONE = {
+  "flasc": ('uplink=[{link="weigh"}]',),
+  "reptile": ("server.optimizer=sgd", "server.learning_rate=1.0"),
+}
 LORA = '{method="lora", rank=2}, {method="tune", where="head/.*"}'
 PEFT = {
   "feddpa": '{method="stack", ranks={shared=2, personal=2}}',
@@ -50,10 +54,32 @@ def test_an_algorithm_is_built_by_its_name(tiny, name):
     tiny,
     f"model.peft=[{PEFT.get(name, LORA)}]",
     f'algorithm={{name="{name}"{comma}{options}}}',
+    *ALONE.get(name, ()),
   )
   assert jax.tree.leaves(parts.state.nodes)
   if name == "centralized":
     assert len(parts.data) == 1
+
+
+@pytest.mark.parametrize(
+  ("name", "taken"),
+  [
+    ('"flasc"', "uplink"),
+    ('"reptile", rate=0.5', "server"),
+    ('"local_only"', "placement"),
+    ('"centralized"', "placement"),
+  ],
+)
+def test_what_an_algorithm_says_itself_is_not_dropped_in_silence(
+  tiny, name, taken
+):
+  with pytest.raises(ValueError, match=f"'{taken}'"):
+    built(
+      tiny,
+      f"model.peft=[{LORA}]",
+      'placement={"head/.*"="frozen"}',
+      f"algorithm={{name={name}}}",
+    )
 
 
 @pytest.mark.parametrize("name", rules_lib.RULES)
@@ -75,7 +101,8 @@ def test_adapters_are_built_by_their_name(tiny, name):
   more = {"stack": ", ranks={one=2, two=1}", "ravan": ", rank=4"}.get(name, "")
   parts = built(tiny, f'model.peft=[{{method="{name}"{more}}}]')
   assert parts.model.params
-  assert len(parts.model.params) < len(parts.model.base) + 8
+  everything = built(tiny, "model.peft=[]").model.params
+  assert tree.size(parts.model.params) < tree.size(everything)
 
 
 @pytest.mark.parametrize("qtype", ["int8", "nf4", "int4"])
