@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_peft import executor, hierarchy, placement, rounds, validate, work
+from fedjax_peft import setup as setup_lib
 
 
 class Algorithm(NamedTuple):
@@ -35,6 +36,8 @@ class Algorithm(NamedTuple):
     tiers: the receivers, lowest first.
     specialize: (data) -> (Algorithm, note): the same algorithm in the form
       that is fastest for these data, and what was chosen and why.
+    wraps: (Algorithm) -> Algorithm each: how this one was made of what
+      `federated` gives; see `wrapped`.
   """
 
   init: Callable
@@ -46,6 +49,7 @@ class Algorithm(NamedTuple):
   work: work.Work
   tiers: tuple[hierarchy.Tier, ...]
   specialize: Callable | None = None
+  wraps: tuple[Callable, ...] = ()
 
   def round(self, state, base, cohort, key, *, shape=(1, 1), spread=None):
     """One round, as a pure function of its arguments.
@@ -81,12 +85,21 @@ class Algorithm(NamedTuple):
     return self.finish(state, common, flight, cohort, whole=spread.whole)
 
 
-def federated(job: work.Work, tiers: Sequence[hierarchy.Tier]) -> Algorithm:
+def federated(
+  job: work.Work,
+  tiers: Sequence[hierarchy.Tier],
+  *,
+  notes: Sequence[setup_lib.Note] = (),
+  pool: int = 0,
+) -> Algorithm:
   """Clients work, tiers reduce what they send, the model goes down.
 
   Args:
     job: what clients do; its placement names the tiers.
     tiers: receivers, lowest first; the last has size 1.
+    notes: what clients tell of themselves beside their message.
+    pool: how many earlier models are kept, for clients that report after the
+      model has moved on.
 
   Returns:
     The algorithm.
@@ -102,7 +115,7 @@ def federated(job: work.Work, tiers: Sequence[hierarchy.Tier]) -> Algorithm:
   def labelled(*labels):
     return {k for k, v in job.placement.items() if v in labels}
 
-  setup = rounds.Setup(
+  setup = setup_lib.Setup(
     job,
     # What crosses a boundary: the leaves placed at its tier or higher.
     tuple(
@@ -112,6 +125,8 @@ def federated(job: work.Work, tiers: Sequence[hierarchy.Tier]) -> Algorithm:
     tuple(sorted(labelled(placement.FROZEN))),
     tuple(sorted(labelled(placement.DEVICE))),
     tuple(sorted(labelled(placement.SERVED))),
+    tuple(notes),
+    pool,
   )
 
   def bind(fun):
@@ -123,10 +138,59 @@ def federated(job: work.Work, tiers: Sequence[hierarchy.Tier]) -> Algorithm:
     segments=bind(rounds.segments),
     absorb=bind(rounds.absorb),
     finish=bind(rounds.finish),
-    bytes=bind(rounds.message_bytes),
+    bytes=bind(setup_lib.message_bytes),
     work=job,
     tiers=tiers,
   )
+
+
+def wrapped(
+  made: Algorithm, wrap: Callable[[Algorithm], Algorithm]
+) -> Algorithm:
+  """An algorithm with parts exchanged, such that it can still be extended.
+
+  Args:
+    made: any algorithm.
+    wrap: (Algorithm) -> the same with other functions in place of some.
+  """
+  return wrap(made)._replace(wraps=(*made.wraps, wrap))
+
+
+def extended(
+  made: Algorithm,
+  *,
+  job: work.Work | None = None,
+  tiers: Sequence[hierarchy.Tier] | None = None,
+  notes: Sequence[setup_lib.Note] = (),
+  pool: int = 0,
+) -> Algorithm:
+  """The same algorithm with other parts, notes or a pool of earlier models.
+
+  Args:
+    made: an algorithm in the form that will run (`specialize` comes before).
+    job: in place of its work.
+    tiers: in place of its tiers.
+    notes: see `federated`.
+    pool: see `federated`.
+
+  Raises:
+    ValueError: if earlier models are wanted of an algorithm whose receivers
+      change leaves that are not reported (residuals), since those belong to
+      one round.
+  """
+  job = made.work if job is None else job
+  if pool and placement.SERVED in job.placement.values():
+    raise ValueError(
+      "clients that report late start from earlier models, but this algorithm's "
+      "residuals belong to one round: use a rule without residuals (fedit, "
+      "ffa, fedsa, flexlora) or synchronous rounds"
+    )
+  fresh = federated(
+    job, made.tiers if tiers is None else tiers, notes=notes, pool=pool
+  )
+  for wrap in made.wraps:
+    fresh = wrapped(fresh, wrap)
+  return fresh
 
 
 def _check(job, tiers):

@@ -52,8 +52,8 @@ def _client(job, common, group, plan, slot):
   """One client's job; its buffer has one row."""
   client = int(group.clients[slot])
   sent = common.sent
-  if group.nodes is not None:
-    sent = jax.tree.map(lambda x: x[group.nodes[slot]], sent.params)
+  if group.source is not None:
+    sent = jax.tree.map(lambda x: x[group.source[slot]], sent.params)
     sent = work.Sent(sent, common.sent.extras)
   local = jax.tree.map(lambda x: x[slot], group.local)
   who = group.client(common.key, jnp.int32(slot))

@@ -122,7 +122,7 @@ def evaluation(
   def of_clients(state):
     """Rows [N, ...] of the leaves that live on a client or at its edge."""
     local = {k: v for k, v in state.clients.local.items() if k in owned}
-    edge = np.arange(len(data)) % tiers[0].size
+    edge = state.plan.get("nodes", np.arange(len(data)) % tiers[0].size)
     for node, tier in zip(state.nodes, tiers[:-1], strict=False):
       at = edge * tier.size // tiers[0].size
       for name in set(node.params) & set(owned) - set(local):

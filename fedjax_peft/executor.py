@@ -36,6 +36,10 @@ class Cohort(NamedTuple):
     segments: int32 scalar, how many segments hold work; see `static`.
     examples: {feature: [M, ...]}, what the schedule's rows point into.
     traits: {name: [D, C]}, read-only facts about the clients.
+    version: int32 [D, C], from which model each starts: 0 is that of now,
+      1 + p that in place p of the pool. None: all from that of now.
+    keep: int32 scalar, place of the pool that the model of now is put into;
+      past its end for none.
   """
 
   clients: Array
@@ -45,6 +49,8 @@ class Cohort(NamedTuple):
   segments: Any
   examples: dict[str, Any]
   traits: Mapping[str, Any] = {}
+  version: Array | None = None
+  keep: Any = None
 
   def static(self) -> "Cohort":
     """The same cohort with loops of fixed length, to differentiate through.
@@ -76,8 +82,8 @@ class Common(NamedTuple):
   """What every lane of every device sees; no client axis anywhere.
 
   Attributes:
-    sent: what clients start from; leaves [E, ...] when the lowest tier has
-      several nodes.
+    sent: what clients start from; leaves have an axis in front when there are
+      several models (see `Group.source`).
     base: frozen weights.
     examples: {feature: [M, ...]}.
     key: random key of (seed, round).
@@ -100,6 +106,8 @@ class Group(NamedTuple):
     nodes: int32 [C], or None if the lowest tier has one node.
     local: rows of the leaves that live on the clients.
     traits: {name: [C]}.
+    source: int32 [C], which of the models that are sent each starts from;
+      None if there is one.
   """
 
   clients: Array
@@ -107,6 +115,7 @@ class Group(NamedTuple):
   nodes: Array | None
   local: PyTree
   traits: Mapping[str, Any] = {}
+  source: Array | None = None
 
   def client(self, key: jax.Array, place: jax.Array) -> work.Client:
     """Who is at a place; `key` is that of the round."""
@@ -142,7 +151,7 @@ def empty(
   """
 
   def one():
-    sent = _own(common.sent, group.nodes, jnp.int32(0))
+    sent = _own(common.sent, group.source, jnp.int32(0))
     rows = jax.tree.map(lambda x: x[0], group.local)
     pick = jnp.zeros(job.rows, jnp.int32)
     examples = {k: v[pick] for k, v in common.examples.items()}
@@ -162,12 +171,12 @@ def empty(
   return zeros(shape, lane), zeros((width,), buffer)
 
 
-def _own(sent: work.Sent, nodes, slot):
-  """What the client in a slot was sent, if nodes differ in what they send."""
-  if nodes is None:
+def _own(sent: work.Sent, source, slot):
+  """What the client in a slot was sent, if not all are sent the same."""
+  if source is None:
     return sent
-  node = nodes[slot]
-  return sent._replace(params={k: v[node] for k, v in sent.params.items()})
+  which = source[slot]
+  return sent._replace(params={k: v[which] for k, v in sent.params.items()})
 
 
 def segment(
@@ -203,7 +212,7 @@ def segment(
   chex.assert_equal_shape([group.clients, group.weights])
   chex.assert_tree_shape_prefix(lanes, (blocks, plan.slot.shape[2]))
   chex.assert_tree_shape_prefix(buffer, (width,))
-  nodes = None if group.nodes is None else True
+  differ = group.source is not None
 
   def tick(lane, buffer, rows, slot, first, out):
     place = jnp.maximum(slot, 0)
@@ -218,8 +227,8 @@ def segment(
       clients.key, count
     )
     batch = work.Batch(examples, mask, step_keys)
-    sent = _own(common.sent, group.nodes, place)
-    axis: Any = work.Sent(cast(Any, 0 if nodes else None), cast(Any, None))
+    sent = _own(common.sent, group.source, place)
+    axis: Any = work.Sent(cast(Any, 0 if differ else None), cast(Any, None))
     local = jax.tree.map(lambda x: x[place], group.local)
     fresh = jax.vmap(job.init, (axis, None, 0, 0))(
       sent, common.base, local, clients

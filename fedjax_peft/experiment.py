@@ -189,8 +189,9 @@ def _restore(saves, where, parts) -> Any:
       f"record describes, got another; remove {where.checkpoints}/{saved.step} "
       "to continue from the checkpoint before it"
     )
-  state = saved.state._replace(clients=saved.clients)
-  return jax.tree.map(jnp.asarray, state)
+  # The plan's memory is the host's own, in its own precision.
+  state = saved.state._replace(clients=saved.clients, plan={})
+  return jax.tree.map(jnp.asarray, state)._replace(plan=saved.state.plan)
 
 
 def _conclude(run, where) -> int:

@@ -159,6 +159,8 @@ def _of_client(parts, saved, place) -> dict[str, Any]:
   tiers, state = parts.algorithm.tiers, saved.state
   params: dict[str, Any] = {}
   edge = place % tiers[0].size
+  if "nodes" in state.plan:
+    edge = int(state.plan["nodes"][place])
   for node, tier in zip(state.nodes[:-1], tiers[:-1], strict=True):
     at = edge * tier.size // tiers[0].size
     params |= {name: x[at] for name, x in node.params.items()}

@@ -18,7 +18,7 @@ import numpy as np
 
 from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
-from fedjax_peft import debugging, executor, validate, work
+from fedjax_peft import debugging, executor, plan, validate, work
 from fedjax_peft import settings as settings_lib
 from fedjax_peft.data import schedule
 from fedjax_peft.settings import Settings
@@ -26,7 +26,7 @@ from fedjax_peft.settings import Settings
 
 def seat(
   rows: data_lib.Ragged,
-  ids: np.ndarray,
+  turn: plan.Turn | np.ndarray,
   job: work.Work,
   settings: Settings,
   *,
@@ -40,16 +40,18 @@ def seat(
 
   Args:
     rows: the examples of all clients.
-    ids: int [C].
+    turn: who takes part, or just their ids, int [C].
     job: its batches and epochs.
     settings: lanes and segments.
     examples: what the rows point into.
     traits: {name: [N]}, facts about all clients.
-    nodes: size of the lowest tier; client i talks to node i modulo this.
+    nodes: size of the lowest tier.
     seed: of the run.
     round: of the run.
   """
-  unknown = sorted(set(job.traits) - set(traits))
+  turn = turn if isinstance(turn, plan.Turn) else plan.Turn(turn)
+  ids = turn.clients
+  unknown = sorted(set(job.traits) - set(traits) - set(turn.traits))
   if unknown:
     raise ValueError(
       f"what clients do depends on their trait {unknown[0]!r}, which is not "
@@ -62,12 +64,12 @@ def seat(
     ids,
     batch=how.batch,
     epochs=how.epochs,
-    steps=how.steps,
+    steps=how.steps if turn.steps is None else turn.steps,
     shuffle=how.shuffle,
     drop_remainder=how.drop_remainder,
     seed=(seed, round),
   )
-  plan, members = schedule.build(
+  layout, members = schedule.build(
     batches.strided(job.stride),
     devices=settings.devices,
     blocks=settings.blocks,
@@ -76,21 +78,35 @@ def seat(
   )
   even = -(-len(ids) // settings.devices)
   places = schedule.bucket(max(even, *(len(m) for m in members), 1))
-  clients = np.full((settings.devices, places), -1, np.int32)
-  weights = np.zeros((settings.devices, places), np.int32)
+  place = np.full((settings.devices, places), -1, np.int64)  # in the turn
   for d, member in enumerate(members):
-    clients[d, : len(member)] = ids[member]
-    weights[d, : len(member)] = rows.sizes[ids[member]]
-  used = (plan.slots >= 0).any(axis=(0, 2))  # a segment ends as clients do
+    place[d, : len(member)] = member
+  here = place >= 0
+
+  def seated(values, empty=0):
+    if not len(ids):
+      return np.full(place.shape, empty, np.int32)
+    return np.where(here, np.asarray(values)[place], empty)
+
+  clients = seated(ids, -1).astype(np.int32)
+  at = clients % nodes if turn.nodes is None else seated(turn.nodes)
+  version = np.zeros_like(clients)
+  if turn.version is not None:
+    version = seated(turn.version).astype(np.int32)
+  facts = {k: v[np.maximum(clients, 0)] for k, v in traits.items()}
+  facts |= {k: seated(v) for k, v in turn.traits.items()}
+  used = (layout.slots >= 0).any(axis=(0, 2))  # a segment ends as clients do
   last = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
   return executor.Cohort(
     clients=clients,
-    weights=weights,
-    nodes=np.where(clients >= 0, clients % nodes, 0).astype(np.int32),
-    schedule=plan,
+    weights=seated(rows.sizes[ids]).astype(np.int32),
+    nodes=np.where(here, at, 0).astype(np.int32),
+    schedule=layout,
     segments=np.int32(last),
     examples=examples,
-    traits={k: v[np.maximum(clients, 0)] for k, v in traits.items()},
+    traits=facts,
+    version=version,
+    keep=np.int32(turn.keep if turn.keep >= 0 else 2**31 - 1),
   )
 
 

@@ -7,6 +7,7 @@ it is given; `algorithm.federated` binds them together.
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -14,28 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_peft import executor, hierarchy, link, tree, work
+from fedjax_peft import setup as setup_lib
 
 PyTree = Any
 
 _SEND = 2**32 - 1  # folded into a client's key for its uplink; steps count up
-
-
-class Setup(NamedTuple):
-  """What a round is made of.
-
-  Attributes:
-    job: what clients do.
-    boundaries: the tiers, lowest first.
-    frozen: names of the leaves that never change.
-    owned: names of the leaves that live on the clients.
-    served: names of the leaves that the receivers alone change.
-  """
-
-  job: work.Work
-  boundaries: tuple[hierarchy.Boundary, ...]
-  frozen: tuple[str, ...]
-  owned: tuple[str, ...]
-  served: tuple[str, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -44,10 +28,12 @@ class Rows(NamedTuple):
   Attributes:
     local: leaves placed on the device.
     mine: state of the clients' end of the uplink.
+    told: what the receivers remember of each; see `setup.Note`.
   """
 
   local: dict[str, jax.Array]
   mine: PyTree
+  told: Mapping[str, jax.Array] = {}
 
 
 class State(NamedTuple):
@@ -57,11 +43,17 @@ class State(NamedTuple):
     round: int32 scalar, rounds done.
     nodes: what each tier holds, lowest first.
     clients: what lives on the clients.
+    pool: {path: [P, E, ...]}, earlier models of the lowest tier's nodes, from
+      which clients are still at work.
+    plan: what the plan of the rounds remembers (`plan.Plan`): numpy arrays,
+      which no compiled program sees.
   """
 
   round: jax.Array
   nodes: tuple[hierarchy.Node, ...]
   clients: Rows
+  pool: Mapping[str, jax.Array] = {}
+  plan: Mapping[str, Any] = {}
 
   @property
   def params(self) -> dict[str, jax.Array]:
@@ -82,6 +74,7 @@ class Flight(NamedTuple):
     stats: {name: (numerator [C], denominator [C])}.
     link_stats: {name: [C]}.
     arrived: bool [C], whether a finite message came.
+    told: {name: [C, ...]}, what clients told of themselves.
   """
 
   group: executor.Group
@@ -93,6 +86,7 @@ class Flight(NamedTuple):
   stats: PyTree
   link_stats: dict[str, jax.Array]
   arrived: jax.Array
+  told: Mapping[str, jax.Array] = {}
 
 
 class Outcome(NamedTuple):
@@ -108,64 +102,13 @@ class Outcome(NamedTuple):
   clients: dict[str, tuple[jax.Array, jax.Array]]
 
 
-def specs(setup, cohort) -> list[link.Spec]:
-  """What is known of the messages at each boundary."""
-
-  def message():
-    params = {k: jnp.asarray(v) for k, v in setup.job.params.items()}
-    sent = work.Sent(
-      {k: v for k, v in params.items() if k not in setup.owned},
-      {"round": jnp.int32(0)},
-    )
-    local = {k: params[k] for k in setup.owned}
-    traits = dict.fromkeys(setup.job.traits, jnp.int32(1))
-    client = work.Client(jax.random.key(0), jnp.int32(0), jnp.int32(1), traits)
-    carry = setup.job.init(sent, {}, local, client)
-    return setup.job.finish(carry, sent)[0]
-
-  specs = [link.Spec(jax.eval_shape(message), senders=cohort)]
-  for low, high in zip(setup.boundaries, setup.boundaries[1:], strict=False):
-    leaves = tree.spec(high.pick(setup.job.params))
-    specs.append(link.Spec(leaves, senders=low.tier.size))
-  return specs
-
-
-def message_bytes(setup, cohort, *, traits=None, round=0):
-  """Bytes of one message at each boundary, up and down.
-
-  Args:
-    setup: of the round.
-    cohort: most senders.
-    traits: {name: number} of the client that sends and is told.
-    round: in which round.
-  """
-  sizes = {}
-  for i, (at, spec) in enumerate(
-    zip(setup.boundaries, specs(setup, cohort), strict=True)
-  ):
-    leaves = tree.spec(at.pick(setup.job.params))
-    if at.tier.news is not None:
-      leaves = at.tier.news(leaves, cohort, round)
-    if i == 0:
-      compact = functools.partial(
-        setup.job.compact, traits=traits or {}, round=round
-      )
-      leaves = compact(leaves)
-      spec = spec._replace(message=compact(spec.message))
-    up = at.uplink.link.after(spec)
-    down = at.tier.down.after(link.Spec(leaves))
-    sizes[f"{at.tier.name}/up_bytes"] = tree.nbytes(up.message)
-    sizes[f"{at.tier.name}/down_bytes"] = tree.nbytes(down.message)
-  return sizes
-
-
 def init(setup, params=None, *, clients, cohort):
   """The state before the first round."""
   params = setup.job.params if params is None else params
   params = {k: jnp.asarray(v) for k, v in params.items()}
   nodes, rows = [], ()
   for i, (at, spec) in enumerate(
-    zip(setup.boundaries, specs(setup, cohort), strict=True)
+    zip(setup.boundaries, setup_lib.specs(setup, cohort), strict=True)
   ):
     top = i == len(setup.boundaries) - 1
     held = at.pick(params)
@@ -182,7 +125,20 @@ def init(setup, params=None, *, clients, cohort):
       )
     nodes.append(node)
   local = {k: hierarchy.repeat(params[k], clients) for k in setup.owned}
-  state = State(jnp.zeros((), jnp.int32), tuple(nodes), Rows(local, rows))
+  told = {
+    note.name: jnp.full((clients, *note.shape), note.first, jnp.float32)
+    for note in setup.notes
+  }
+  pool = {}
+  if setup.pool:
+    lowest = setup.boundaries[0]
+    start = lowest.pick(nodes[0].params) | {
+      k: hierarchy.repeat(params[k], lowest.tier.size) for k in setup.frozen
+    }
+    pool = hierarchy.repeat(start, setup.pool)
+  state = State(
+    jnp.zeros((), jnp.int32), tuple(nodes), Rows(local, rows, told), pool
+  )
   return jax.tree.map(jnp.array, state)  # broadcasts become arrays
 
 
@@ -206,11 +162,13 @@ def begin(
   received |= {
     k: hierarchy.repeat(top[k][0], at.tier.size) for k in setup.frozen
   }
-  alone = at.tier.size == 1
-  if alone:
+  alone, same = at.tier.size == 1, at.tier.size == 1 and not setup.pool
+  if setup.pool:
+    received, state = _with_earlier(setup, received, state, cohort.keep)
+  elif alone:
     received = jax.tree.map(lambda x: x[0], received)
   sent = work.Sent(received, {"round": state.round})
-  if alone:  # nodes that differ cannot share what is prepared
+  if same:  # models that differ cannot share what is prepared
     sent, base = setup.job.prepare(sent, base)
   roster = link.Roster(
     cohort.clients.reshape(-1),
@@ -220,13 +178,32 @@ def begin(
   )
   common = executor.Common(sent, base, cohort.examples, key, roster)
   rows = jnp.maximum(cohort.clients, 0)
-  local, mine = jax.tree.map(lambda x: x[rows], tuple(state.clients))
+  local, mine = jax.tree.map(lambda x: x[rows], tuple(state.clients)[:2])
   nodes = None if alone else cohort.nodes
+  source = nodes
+  if setup.pool:
+    source = cohort.version * at.tier.size + cohort.nodes
   group = executor.Group(
-    cohort.clients, cohort.weights, nodes, local, cohort.traits
+    cohort.clients, cohort.weights, nodes, local, cohort.traits, source
   )
   one = functools.partial(_launch, setup, common, node, shape, width)
   return state, common, jax.vmap(one)(group, mine)
+
+
+def _with_earlier(setup, received, state, keep):
+  """The models of now and, behind them, of earlier: leaves [(1 + P) E, ...].
+
+  Version 0 is what the nodes tell now, version 1 + p is what place p of the
+  pool holds. What they tell now is put into place `keep`, if there is one.
+  """
+  pool = {
+    k: v.at[keep].set(received[k], mode="drop") for k, v in state.pool.items()
+  }
+  models = {
+    k: jnp.concatenate([v[None], pool[k]]).reshape(-1, *v.shape[1:])
+    for k, v in received.items()
+  }
+  return models, state._replace(pool=pool)
 
 
 def _launch(setup, common, node, shape, width, group, mine):
@@ -234,7 +211,7 @@ def _launch(setup, common, node, shape, width, group, mine):
   at, places = setup.boundaries[0], group.clients.size
   lanes, buffer = executor.empty(setup.job, common, group, shape, width)
   zero = at.uplink.zeros(
-    specs(setup, 1)[0]._replace(bound=1.0, integer_bound=1), places
+    setup_lib.specs(setup, 1)[0]._replace(bound=1.0, integer_bound=1), places
   )
   shared, own = jax.tree.map(lambda x: x[0], (node.shared, mine))
   one = jax.tree.map(lambda x: x[0], buffer.message)
@@ -251,6 +228,7 @@ def _launch(setup, common, node, shape, width, group, mine):
     ),
     link_stats={k: jnp.zeros((places,)) for k in names},
     arrived=jnp.zeros((places,), bool),
+    told={note.name: jnp.zeros((places, *note.shape)) for note in setup.notes},
   )
 
 
@@ -289,9 +267,9 @@ def absorb(setup, common, shared, flight, slots):
     return at.uplink.send(message, mine, own, ctx)
 
   def piece(sums, part):
-    message, local, mine, place, present = part
+    message, local, mine, told, place, present = part
     finite = jax.vmap(tree.is_finite, axis_size=place.size)  # even of nothing
-    arrived = present & finite((message, local))
+    arrived = present & finite((message, local, told))
     message = tree.where(arrived, message, tree.zeros_like(message))
     weight = jnp.where(arrived, group.weights[place], 0)
     node = jnp.zeros_like(place) if group.nodes is None else group.nodes[place]
@@ -307,7 +285,11 @@ def absorb(setup, common, shared, flight, slots):
   # In pieces as wide as a block of lanes: what lies between a message and the
   # sums then stays in a CPU's cache, and takes no memory to speak of.
   width = math.gcd(slots.size, flight.lanes.step.shape[-1])
-  parts = (buffer.message, buffer.local, rows, place, present)
+  told = {
+    note.name: jax.vmap(note.make)(buffer.message, buffer.stats)
+    for note in setup.notes
+  }
+  parts = (buffer.message, buffer.local, rows, told, place, present)
   sums, left = jax.lax.scan(
     piece,
     flight.sums,
@@ -332,6 +314,7 @@ def absorb(setup, common, shared, flight, slots):
     stats=keep(flight.stats, buffer.stats, present),
     link_stats=keep(flight.link_stats, stats, arrived),
     arrived=keep(flight.arrived, arrived, present),
+    told=keep(flight.told, told, arrived),
   )
 
 
@@ -359,7 +342,7 @@ def finish(setup, state, common, flight, cohort, *, whole=executor.as_it_is):
   nodes[-1] = nodes[-1]._replace(weight=jnp.zeros_like(nodes[-1].weight))
   rows = _go_home(state.clients, flight, cohort)
   record |= _summary(setup.boundaries[0].tier.name, flight)
-  new = State(state.round + 1, tuple(nodes), rows)
+  new = state._replace(round=state.round + 1, nodes=tuple(nodes), clients=rows)
   return new, Outcome(record, flight.stats)
 
 
@@ -386,7 +369,7 @@ def _go_home(clients, flight, cohort):
     where = jnp.where(flight.arrived, cohort.clients, rows.shape[0])
     return rows.at[where].set(new, mode="drop")
 
-  new = (flight.group.local, flight.mine)
+  new = (flight.group.local, flight.mine, flight.told)
   return Rows(*jax.tree.map(write, tuple(clients), new))
 
 

@@ -1,8 +1,7 @@
 """Running: rounds one after another, as a generator of states and records."""
 
-import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
 from fedjax_peft import evaluate as evaluate_lib
-from fedjax_peft import launch, objective, sampling, validate
+from fedjax_peft import launch, objective, plan, sampling, traffic, validate
 from fedjax_peft import rounds as round_lib
 from fedjax_peft import settings as settings_lib
 
@@ -39,7 +38,7 @@ def run(
   model: objective.Model,
   data: data_lib.Population,
   *,
-  cohort: sampling.Sampler,
+  cohort: sampling.Sampler | plan.Plan,
   rounds: int,
   seed: int = 0,
   settings: settings_lib.Settings | None = None,
@@ -48,6 +47,8 @@ def run(
   every: int = 1,
   first: bool = False,
   tables: Callable[[int, dict], Any] | None = None,
+  costs: Callable[[int, Mapping], Any] | None = None,
+  stop: Callable[[Mapping], str | None] | None = None,
 ) -> Iterator[tuple[round_lib.State, Record]]:
   """Runs rounds and yields (state, record) after each.
 
@@ -55,7 +56,7 @@ def run(
     algorithm: what happens in a round.
     model: its base is what all clients share.
     data: the population.
-    cohort: who takes part.
+    cohort: who takes part: a sampler, or the plan of a simulated network.
     rounds: how many rounds the run has, those in `state` included.
     seed: all randomness follows from it.
     settings: how rounds are executed; None asks `settings_lib.choose`.
@@ -66,6 +67,10 @@ def run(
     first: also measure before the first round, into the first record, under
       `start/`.
     tables: called with (round, per-client columns) after an evaluation.
+    costs: called with (round, per-client columns) after every round whose plan
+      counts what clients spend.
+    stop: (record) -> why this round is the last, or None; the round is then
+      measured and its record says why, under `stopped`.
 
   Yields:
     (state, record). The rows of a state that live on the clients are updated
@@ -79,10 +84,17 @@ def run(
   validate.at_least(1, rounds=rounds, every=every)
   if algorithm.specialize is not None:
     algorithm, _ = algorithm.specialize(data)
-  most = cohort.most(data)
-  sampling.cohort_of(cohort, data, seed, 0)
+  if isinstance(cohort, sampling.Sampler):
+    cohort = plan.sampled(cohort, data, seed)
+  most = cohort.most
+  if cohort.hears or cohort.pool:
+    algorithm = plan.prepared(cohort, algorithm)
+  if not cohort.hears:  # what cannot be drawn is refused before all else
+    cohort.turn(cohort.init(), 0, {})
   if state is None:
     state = algorithm.init(clients=len(data), cohort=most)
+    state = state._replace(plan=cohort.init())
+  memory, state = state.plan, state._replace(plan={})
   if settings is None:
     settings = settings_lib.choose(algorithm, model.base, data.examples, most)
   streamed = settings.executor in ("stream", "debug")
@@ -93,49 +105,58 @@ def run(
     examples = settings_lib.everywhere(examples, settings)
   step = launch.launcher(algorithm, settings)
 
-  @functools.cache
-  def sizes(traits, number):
-    named = dict(zip(algorithm.work.traits, traits, strict=True))
-    return algorithm.bytes(most, traits=named, round=number)
-
+  client = traffic.sizes(algorithm, most)
+  node = traffic.between(algorithm, most)
   key = jax.random.key(seed)
   nodes = algorithm.tiers[0].size
 
-  def seat(number):
-    return launch.seat(
-      data.train,
-      sampling.cohort_of(cohort, data, seed, number),
-      algorithm.work,
-      settings,
-      examples=examples,
-      traits=data.traits,
-      nodes=nodes,
-      seed=seed,
-      round=number,
+  def seat(number, memory, state):
+    told = {k: np.asarray(state.clients.told[k]) for k in sorted(cohort.hears)}
+    turn, memory = cohort.turn(memory, number, told)
+    return (
+      turn,
+      memory,
+      launch.seat(
+        data.train,
+        turn,
+        algorithm.work,
+        settings,
+        examples=examples,
+        traits=data.traits,
+        nodes=nodes,
+        seed=seed,
+        round=number,
+      ),
     )
 
   begin = int(state.round)
   start = {}
   if first and begin == 0 and evaluate is not None:
-    start = evaluate(state).record
-  seated = seat(begin) if begin < rounds else None
+    start = evaluate(state._replace(plan=memory)).record
+  ahead = None
   for number in range(begin, rounds):
     begun = time.perf_counter()
-    here = seated
+    turn, memory, here = ahead or seat(number, memory, state)
     state, outcome = step.run(state, base, here, key)
-    if number + 1 < rounds:  # the host plans while the devices work
-      seated = seat(number + 1)
+    ahead = None
+    if number + 1 < rounds and not cohort.hears:
+      # The host plans while the devices work.
+      ahead = seat(number + 1, memory, state)
     record = Record(round=number + 1, rounds=rounds)
     record |= {k: float(v) for k, v in outcome.record.items()}
-    record |= _traffic(algorithm, sizes, here, record, number)
+    record |= traffic.of_round(algorithm, client, node, here, record, number)
+    record |= turn.record
+    why = stop(record) if stop is not None else None
+    if costs is not None and turn.table:
+      costs(number + 1, turn.table)
     if number == 0:
       record |= {f"start/{k}": v for k, v in start.items()}
     trained = time.perf_counter()
     measured = evaluate is not None and (
-      (number + 1) % every == 0 or number + 1 == rounds
+      (number + 1) % every == 0 or number + 1 == rounds or why is not None
     )
     if evaluate is not None and measured:
-      report = evaluate(state)
+      report = evaluate(state._replace(plan=memory))
       record |= report.record
       if tables is not None:
         tables(number + 1, report.clients)
@@ -144,32 +165,8 @@ def run(
     record["wall/programs"] = step.programs()
     if measured:
       record["wall/evaluate_seconds"] = done - trained
-    yield state, record
-
-
-def _traffic(algorithm, sizes, cohort, record, number):
-  """Bytes that crossed each boundary in a round, up and down."""
-  low, names = algorithm.tiers[0].name, algorithm.work.traits
-  ways = ("up_bytes", "down_bytes")
-  present = cohort.weights > 0
-  # Clients that differ in what they are may differ in what they send.
-  kinds = np.zeros((int(present.sum()), len(names)))
-  for i, name in enumerate(names):
-    kinds[:, i] = cohort.traits[name][present]
-  kinds, counts = np.unique(kinds, axis=0, return_counts=True)
-  when = number % algorithm.work.cycle
-  of_kind = [sizes(tuple(kind.tolist()), when) for kind in kinds]
-  found: dict[str, float] = {}
-  for way in ways:
-    total = sum(
-      int(n) * size[f"{low}/{way}"]
-      for n, size in zip(counts, of_kind, strict=True)
-    )
-    found[f"{way}_client"] = total / max(int(counts.sum()), 1)
-    found[f"{low}/{way}"] = total
-  for below, tier in zip(algorithm.tiers, algorithm.tiers[1:], strict=False):
-    synced = record[f"{tier.name}/synced"] * below.size
-    for way in ways:
-      one = sizes((0.0,) * len(names), when)[f"{tier.name}/{way}"]
-      found[f"{tier.name}/{way}"] = int(one * synced)
-  return found
+    if why is not None:
+      record["stopped"] = why
+    yield state._replace(plan=memory), record
+    if why is not None:
+      return

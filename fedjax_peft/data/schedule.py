@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_peft.data import ragged
+from fedjax_peft.data import hashing, ragged
 
 
 class Schedule(NamedTuple):
@@ -133,7 +133,7 @@ def batches(
   *,
   batch: int,
   epochs: int | None = 1,
-  steps: int | None = None,
+  steps: int | np.ndarray | None = None,
   shuffle: bool = True,
   drop_remainder: bool = False,
   seed: tuple[int, int] = (0, 0),
@@ -147,7 +147,8 @@ def batches(
     ids: int [C], the clients wanted, -1 = nobody.
     batch: examples in a batch.
     epochs: passes over a client's examples; ignored when `steps` is given.
-    steps: batches of every client, reshuffled after each full pass.
+    steps: batches of every client, or int [C] of each, reshuffled after each
+      full pass.
     shuffle: random order, a new one for each pass.
     drop_remainder: leave out a last batch that is not full (a client smaller
       than one batch keeps its only one).
@@ -172,7 +173,9 @@ def batches(
   place = _ranges(n)  # [M]
   begin = rows.indptr[np.maximum(ids, 0)][copies]
   if shuffle:
-    draw = _hash(seed[0], seed[1], ids[copies][where], epoch[where], place)
+    draw = hashing.mix(
+      seed[0], seed[1], ids[copies][where], epoch[where], place
+    )
     order = np.lexsort((draw, where))
   else:
     order = np.arange(where.size)
@@ -193,22 +196,6 @@ def _ranges(sizes: np.ndarray) -> np.ndarray:
   ends = np.cumsum(sizes)
   total = int(ends[-1]) if sizes.size else 0
   return np.arange(total) - np.repeat(ends - sizes, sizes)
-
-
-def _hash(*words) -> np.ndarray:
-  """Mixes integers into uint64s, one for each row of the broadcast words.
-
-  The finalizer of SplitMix64 (Steele et al., 2014) after each word.
-  """
-  state = np.zeros((), np.uint64)
-  with np.errstate(over="ignore"):
-    for word in words:
-      state = state + np.asarray(word).astype(np.int64).view(np.uint64)
-      state = state + np.uint64(0x9E3779B97F4A7C15)
-      state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-      state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-      state = state ^ (state >> np.uint64(31))
-  return state
 
 
 def build(

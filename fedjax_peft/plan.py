@@ -1,0 +1,93 @@
+"""Plans: who takes part in each round, where, from which model, at what cost.
+
+A plan is made on the host, a round ahead of the devices where it can be. A
+sampler is the simplest plan: a draw for every round. A simulated network is
+another one: there a turn says who arrived in time, and what it cost.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedjax_peft import algorithm as algorithm_lib
+from fedjax_peft import data as data_lib
+from fedjax_peft import notes, sampling
+
+
+class Turn(NamedTuple):
+  """What is planned for one round; axis C, the clients whose reports are used.
+
+  Attributes:
+    clients: int32 [C] ids, all different.
+    nodes: int32 [C], the lowest tier's node that each talks to; None is its id
+      modulo the number of nodes.
+    version: int32 [C], the model each starts from, see `executor.Cohort`;
+      None: all from that of now.
+    keep: place of the pool that the model of now is put into, -1 for none.
+    steps: int [C], local steps of each; None is what the local work says.
+    traits: {name: [C]}, facts about them that hold in this round.
+    record: {name: number}, for the round's record.
+    table: {column: [any]}, one row for each client that spent anything.
+  """
+
+  clients: np.ndarray
+  nodes: np.ndarray | None = None
+  version: np.ndarray | None = None
+  keep: int = -1
+  steps: np.ndarray | None = None
+  traits: Mapping[str, np.ndarray] = {}
+  record: Mapping[str, float] = {}
+  table: Mapping[str, np.ndarray] = {}
+
+
+Memory = dict[str, np.ndarray]
+
+
+class Plan(NamedTuple):
+  """Who takes part in every round.
+
+  Attributes:
+    name: for records and messages.
+    init: () -> memory, {name: array} of fixed shapes, before the first round.
+    turn: (memory, round, told) -> (Turn, memory). A pure function. `told` is
+      what clients told of themselves, {name: [N, ...]}.
+    most: the most clients of a turn.
+    hears: names of the notes that it reads. With none, a turn is planned while
+      the devices work on the one before.
+    pool: earlier models that have to be kept.
+  """
+
+  name: str
+  init: Callable[[], Memory]
+  turn: Callable[[Memory, int, Mapping[str, Any]], tuple[Turn, Memory]]
+  most: int
+  hears: frozenset[str] = frozenset()
+  pool: int = 0
+
+
+def sampled(
+  sampler: sampling.Sampler, data: data_lib.Population, seed: int
+) -> Plan:
+  """A draw of the sampler for every round."""
+
+  def turn(memory, number, told):
+    return Turn(sampling.cohort_of(sampler, data, seed, number)), memory
+
+  return Plan(sampler.name, dict, turn, sampler.most(data))
+
+
+def prepared(
+  plan: Plan, algorithm: algorithm_lib.Algorithm
+) -> algorithm_lib.Algorithm:
+  """The algorithm with the notes and the earlier models that a plan needs.
+
+  Args:
+    plan: of the rounds.
+    algorithm: in the form that will run.
+  """
+  return algorithm_lib.extended(
+    algorithm,
+    notes=[notes.NOTES[name] for name in sorted(plan.hears)],
+    pool=plan.pool,
+  )
