@@ -7,14 +7,16 @@ in one place, and the order of links is checked when they are put together.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from fedjax_peft import reduce as reduce_lib
 from fedjax_peft import tree
+from fedjax_peft.context import Context as Context
+from fedjax_peft.context import Roster as Roster
+from fedjax_peft.context import alone as alone
 
 PyTree = Any
 
@@ -23,42 +25,6 @@ _LINEAR = (
   "reduce.sum() with a method that is linear (fedit, ffa, fedsa, rolora, "
   "fed_sb, ravan)"
 )
-
-
-class Roster(NamedTuple):
-  """Who takes part in an exchange; the same for every sender.
-
-  Attributes:
-    clients: int32 [C] ids, all different, -1 where a place is empty.
-    weights: int32 [C] example counts, 0 = absent.
-    key: random key of the round and the boundary, which all senders know.
-    nodes: int32 [C], the receiver of each; None if there is one.
-    arrived: bool [C], whose wire has come; None while they are under way.
-  """
-
-  clients: jax.Array
-  weights: jax.Array
-  key: jax.Array
-  nodes: jax.Array | None = None
-  arrived: jax.Array | None = None
-
-
-class Context(NamedTuple):
-  """What one sender knows besides its message.
-
-  Attributes:
-    key: random key of (seed, round, sender).
-    client: int32 scalar, id of the sender.
-    weight: int32 scalar, its number of examples; 0 = absent.
-    traits: read-only facts about the sender (rank, device, ...), scalars.
-    roster: who else takes part.
-  """
-
-  key: jax.Array
-  client: jax.Array
-  weight: jax.Array
-  traits: Mapping[str, jax.Array] = {}
-  roster: Roster | None = None
 
 
 class Spec(NamedTuple):
@@ -153,14 +119,6 @@ def stateless(
     factored=factored,
     fold=fold,
   )
-
-
-def alone(weight: int = 1, seed: int = 0) -> Context:
-  """Context of a single sender, for one-to-one links and examples."""
-  clients, key = jnp.zeros((1,), jnp.int32), jax.random.key(seed)
-  weights = jnp.full((1,), weight, jnp.int32)
-  roster = Roster(clients, weights, jax.random.fold_in(key, 0))
-  return Context(key, clients[0], weights[0], roster=roster)
 
 
 def wire_shape(message: PyTree, send: Callable[[PyTree, Context], Any]):

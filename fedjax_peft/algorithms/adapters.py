@@ -18,7 +18,7 @@ from fedjax_peft import (
   work,
 )
 from fedjax_peft import placement as placement_lib
-from fedjax_peft.algorithms import memory, stacked
+from fedjax_peft.algorithms import memory, nearness, stacked
 
 
 def feddpa(
@@ -38,13 +38,14 @@ def feddpa(
   adapter `personal` is trained and used in the mixture y = W x + weight *
   personal(x) + (1 - weight) * shared(x), in which `shared` is as the client
   has it and stands still. Whatever else the model trains belongs to the global
-  part.
+  part. With a model from `by_example` the weight is fixed in training only: a
+  client's model weighs each example by how near it is to those it trained on.
 
-  Yang et al., 2024, https://arxiv.org/abs/2403.19211, with a fixed weight;
-  theirs also depends on the example.
+  Yang et al., 2024, https://arxiv.org/abs/2403.19211
 
   Args:
-    model: of a module from `stack(module, {"shared": R, "personal": R})`.
+    model: of a module from `stack(module, {"shared": R, "personal": R})`, as
+      it is or from `by_example`.
     local: how clients train; each batch serves both adapters.
     weight: of the personal adapter, in [0, 1]. 0.5 in the paper.
     after: rounds of which `shared` is trained and `personal` is not, and then
@@ -58,12 +59,18 @@ def feddpa(
   if not 0 <= weight <= 1:
     raise ValueError(f"weight must be in [0, 1]: got {weight=}")
   stacked.check(model.params, ("shared", "personal"))
+  by_example, whole = nearness.CENTER in model.params, model
+  if by_example:
+    rest = {k: v for k, v in model.params.items() if k != nearness.CENTER}
+    model = model._replace(params=rest)
   both = {"personal": weight, "shared": 1 - weight}
 
   def mixed(weights):
-    return model._replace(
-      loss=lambda params, *rest: model.loss(stacked.mix(params, weights), *rest)
-    )
+    def loss(params, *rest):
+      here = {k: v for k, v in params.items() if k != nearness.CENTER}
+      return model.loss(stacked.mix(here, weights), *rest)
+
+    return model._replace(loss=loss)
 
   alone, mixture = mixed({"personal": 0.0}), mixed(both)
 
@@ -89,7 +96,10 @@ def feddpa(
     active=None if after is None else active,
     descent=descent,
   )
-  job = job._replace(view=lambda params: stacked.mix(params, both))
+  if by_example:  # the model's loss mixes
+    job = nearness.centered(job, whole)
+  else:
+    job = job._replace(view=lambda params: stacked.mix(params, both))
   return memory.assemble(job, server=server, uplink=uplink, downlink=downlink)
 
 
@@ -107,10 +117,10 @@ def hilora(
   """Three adapters: everyone's, an edge's and a client's own, added up.
 
   `shared` is averaged over all, `cluster` over the clients of an edge and
-  `personal` stays on the device. Client i talks to edge i modulo `edges`.
+  `personal` stays on the device. Client i talks to edge i modulo `edges`, or to
+  the one that the cohort's `nodes` say, such as those of `find_nodes`.
 
-  After HiLoRA, 2026, https://arxiv.org/abs/2603.02785, whose clusters are
-  found and not given.
+  After HiLoRA, 2026, https://arxiv.org/abs/2603.02785
 
   Args:
     model: of a module from `stack(module, {"shared": R, "cluster": R,

@@ -1,20 +1,19 @@
 """Contrast: clients whose features stay near those of the global model."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import optax
 
 from fedjax_peft import algorithm, link, objective, validate, work
-from fedjax_peft.algorithms import memory
+from fedjax_peft.algorithms import memory, seeing
 
 
 def moon(
   model: objective.Model,
   local: work.Local,
   *,
-  features: Callable[[Any, Mapping[str, Any]], Any],
+  features: seeing.Features | None = None,
   mu: float = 1.0,
   temperature: float = 0.5,
   server: optax.GradientTransformation | None = None,
@@ -34,15 +33,22 @@ def moon(
   Args:
     model: what is trained.
     local: how clients train.
-    features: (module, examples) -> [B, D], what is compared.
+    features: (module, examples) -> [B, D], what is compared; None is what the
+      head reads, for a module with a method `features`.
     mu: weight of the term.
     temperature: t, > 0.
     server: see `fedavg`.
     uplink: see `fedavg`.
     downlink: see `fedavg`.
     placement: see `fedavg`.
+
+  Raises:
+    ValueError: if no features are given and the module has none.
   """
   validate.positive(temperature=temperature)
+  if features is None:
+    instead = ", or write moon(..., features=lambda module, examples: ...)"
+    features = seeing.features_of(model, "moon", instead)
   names = memory.sent_weights(work.train(model, local, rules=placement), model)
 
   def descent(weights, rest, base, batch, now):

@@ -110,6 +110,11 @@ class CNN(nnx.Module):
     Raises:
       ValueError: if the image is of another shape.
     """
+    x = self.features(image)
+    return x if self.head is None else self.head(x)
+
+  def features(self, image: jax.Array) -> jax.Array:
+    """What the head reads, `[B, hidden[-1]]`; the image as for a call."""
     x = images.pixels(image, self.config.channels)
     if x.shape[1:3] != (self.config.image_size,) * 2:
       raise ValueError(
@@ -122,7 +127,7 @@ class CNN(nnx.Module):
     x = x.reshape(len(x), -1)
     for layer in self.dense:
       x = jax.nn.relu(layer(x))
-    return x if self.head is None else self.head(x)
+    return x
 
 
 def _windows(x, size):

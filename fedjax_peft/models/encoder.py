@@ -224,6 +224,13 @@ class Encoder(nnx.Module):
     Raises:
       ValueError: if `T` exceeds the position table.
     """
+    x = self.features(tokens, length)
+    return x if self.head is None else self.head(x)
+
+  def features(
+    self, tokens: jax.Array, length: jax.Array | None = None
+  ) -> jax.Array:
+    """What the head reads, `[B, D]`; arguments as for a call."""
     longest = self.config.positions - soft.count(self.prompt)
     if tokens.shape[-1] > longest:
       raise ValueError(
@@ -237,7 +244,7 @@ class Encoder(nnx.Module):
     x = x[:, 0] if self.config.pool == "first" else _mean(x, valid)  # [B, D]
     if self.pooler is not None:
       x = jnp.tanh(self.pooler(x))
-    return x if self.head is None else self.head(x)
+    return x
 
   def hidden(self, tokens: jax.Array, valid: jax.Array | None) -> jax.Array:
     """The last block's stream `[B, T, D]`; `valid` is bool `[B, T]`."""

@@ -208,6 +208,11 @@ class ViT(nnx.Module):
     Raises:
       ValueError: if the image is of another shape.
     """
+    x = self.features(image)
+    return x if self.head is None else self.head(x)
+
+  def features(self, image: jax.Array) -> jax.Array:
+    """What the head reads, `[B, config.pooled]`; the image as for a call."""
     x, pool = self.hidden(image), self.config.pool
     patches = x[:, self.config.leading + self.config.registers :]
     pooled = {
@@ -217,7 +222,7 @@ class ViT(nnx.Module):
     }[pool]()
     if self.pooler is not None:
       pooled = jnp.tanh(self.pooler(pooled))
-    return pooled if self.head is None else self.head(pooled)
+    return pooled
 
   def hidden(self, image: jax.Array) -> jax.Array:
     """The normalized stream `[B, T, D]`; T is leading, registers, patches."""

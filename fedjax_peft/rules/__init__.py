@@ -16,17 +16,9 @@ from fedjax_peft.rules.averaging import (
 from fedjax_peft.rules.cards import COMPOSED, RULES, explain, table
 from fedjax_peft.rules.diagnose import watch
 from fedjax_peft.rules.heard import Heard, Pair, covariance, mean_product
+from fedjax_peft.rules.ranking import compacted, pruned, ranked
 from fedjax_peft.rules.recombining import fair, fedex, fedsvd, flexlora, flora
-from fedjax_peft.rules.rule import (
-  Rule,
-  bind,
-  check,
-  compacted,
-  descent,
-  news,
-  pairs_of,
-  ranked,
-)
+from fedjax_peft.rules.rule import Rule, bind, check, descent, news, pairs_of
 from fedjax_peft.rules.start import start
 
 __all__ = [
@@ -54,6 +46,7 @@ __all__ = [
   "mean_product",
   "news",
   "pairs_of",
+  "pruned",
   "ranked",
   "rolora",
   "start",

@@ -88,16 +88,20 @@ def rolora() -> Rule:
   )
 
 
-def hetlora(strength: float = 0.0, *, keep: float = 0.9) -> Rule:
+def hetlora(
+  strength: float = 0.0, *, keep: float = 0.9, prune: bool = False
+) -> Rule:
   """Zero-padded factors, weighed by their size (Cho et al., arXiv 2401.06432).
 
   A client counts as the Frobenius norm of its product, over all layers.
 
   Args:
-    strength: of the penalty |A tail| |B tail| in a client's loss, the tail
-      being what is beyond `keep` of its rank. The paper's clients then give
-      up the tail if that has shrunk; here ranks stay.
-    keep: see `strength`, in [0, 1).
+    strength: of the penalty |A tail| |B tail| in a client's loss, summed over
+      the layers, the tail being what is beyond `keep` of the client's rank.
+    keep: see `strength`, in [0, 1). At least one rank is no tail.
+    prune: a client whose |A tail| |B tail| is less than when it began gives the
+      tail up for good; see `rules.pruned` for how its rank is kept and its
+      bytes are counted.
   """
   if strength < 0 or not 0 <= keep < 1:
     raise ValueError(
@@ -105,26 +109,36 @@ def hetlora(strength: float = 0.0, *, keep: float = 0.9) -> Rule:
       f"{strength=}, {keep=}"
     )
 
-  def penalty(pairs):
-    def cost(params, rank):
-      total = jnp.zeros(())
-      for pair in pairs:
-        a, b = params[pair.a], params[pair.b]
-        place = jnp.arange(a.shape[-1], dtype=jnp.float32)
-        first = jnp.floor(keep * rank.astype(jnp.float32))
-        tail = (place >= first).astype(jnp.float32)
-        a = a * tail.reshape((1,) * (a.ndim - 1) + (-1,))
-        b = b * tail.reshape((1,) * (b.ndim - 2) + (-1, 1))
-        total += jnp.sum(product.length(a) * product.length(b))
-      return strength * total
+  def fewer(rank):
+    less = jnp.floor(keep * rank.astype(jnp.float32))
+    return jnp.maximum(less, 1).astype(jnp.int32)
 
-    return cost
+  def tail(pairs, params, rank):
+    total = jnp.zeros(())
+    for pair in pairs:
+      a, b = params[pair.a], params[pair.b]
+      here = jnp.arange(a.shape[-1]) >= fewer(rank)
+      here = here.astype(jnp.float32)
+      a = a * here.reshape((1,) * (a.ndim - 1) + (-1,))
+      b = b * here.reshape((1,) * (b.ndim - 2) + (-1, 1))
+      total += jnp.sum(product.length(a) * product.length(b))
+    return total
+
+  def penalty(pairs):
+    return lambda params, rank: strength * tail(pairs, params, rank)
+
+  def pruning(pairs):
+    def keeps(before, after, rank):
+      shrunk = tail(pairs, after, rank) < tail(pairs, before, rank)
+      return jnp.where(shrunk, jnp.minimum(fewer(rank), rank), rank)
+
+    return keeps
 
   def server(pairs):
     def step(pair, params, heard, count):
       del count
       size = jnp.zeros(heard.weights.shape)
-      for p in pairs:
+      for p in heard_lib.both_travel(pairs, params):
         a, b = heard_lib.factors(heard, p, params)
         norms = jax.vmap(lambda a, b: product.norm(product.stack(a, b)))(a, b)
         size += jnp.sum(jnp.square(norms).reshape(size.size, -1), -1)
@@ -153,6 +167,7 @@ def hetlora(strength: float = 0.0, *, keep: float = 0.9) -> Rule:
     server=server,
     one_by_one=True,
     penalty=penalty if strength else None,
+    prune=pruning if prune else None,
   )
 
 

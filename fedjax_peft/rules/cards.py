@@ -71,8 +71,8 @@ COMPOSED: dict[str, rule_lib.Rule] = {
       gauge_invariant=False,
       heterogeneous_rank=False,
       linear=True,
-      write="fp.rules.start(fp.peft.lora(...), updates) after rounds on "
-      "fp.peft.sparse(...)",
+      write="fp.algorithms.slora(module, loss, local, data, ...), then "
+      "fp.fedavg with fedit on the module that it returns",
     ),
   )
 }

@@ -7,6 +7,7 @@ since the covariance of the factors does not depend on where they started:
   sum p (A_i - A)(B_i - B) = sum p dA_i dB_i - (sum p dA_i)(sum p dB_i).
 """
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,13 @@ class Pair(NamedTuple):
     return f"{self.layer}/lora_residual"
 
 
+def both_travel(
+  pairs: tuple[Pair, ...], leaves: Container[str]
+) -> tuple[Pair, ...]:
+  """The adapters of which both factors are among the leaves."""
+  return tuple(p for p in pairs if p.a in leaves and p.b in leaves)
+
+
 class Heard(NamedTuple):
   """What all clients reported, as means with weights p_i that sum to one.
 
@@ -76,7 +84,7 @@ def hear(
   """Collects what the rules need, in the smaller form for each adapter.
 
   Args:
-    pairs: the adapters among the leaves.
+    pairs: the adapters; of those that do not travel nothing is heard.
     one_by_one: keep the factors of every client, however many there are.
 
   Returns:
@@ -90,7 +98,8 @@ def hear(
       a, b = spec[pair.a], spec[pair.b]
       return product.pays(places * a.shape[-1], a.shape[-2], b.shape[-1])
 
-    return [p for p in pairs if one_by_one or small(p)]
+    here = both_travel(pairs, spec)
+    return [p for p in here if one_by_one or small(p)]
 
   def init(spec, places):
     message = spec.message
@@ -102,7 +111,7 @@ def hear(
     }
     second = {
       p.layer: jnp.zeros((*message[p.a].shape[:-1], message[p.b].shape[-1]))
-      for p in pairs
+      for p in both_travel(pairs, message)
       if p not in keep
     }
     sums = {k: jnp.zeros(x.shape, jnp.float32) for k, x in message.items()}

@@ -15,7 +15,7 @@ import optax
 
 from fedjax_peft import link, objective, tree, work
 from fedjax_peft import reduce as reduce_lib
-from fedjax_peft.peft import adapter, lowrank
+from fedjax_peft.peft import adapter, lowrank, stacked
 from fedjax_peft.rules import heard as heard_lib
 from fedjax_peft.rules import product
 
@@ -50,6 +50,8 @@ class Rule(NamedTuple):
     told: (pair, {path: spec}, senders, round) -> {path: spec or None}, leaves
       of which less than all (None: nothing) has to be told after a round.
     penalty: (pairs) -> (params, rank) -> scalar added to a client's loss.
+    prune: (pairs) -> (before, after, rank) -> the rank that a client keeps,
+      from its factors as they were sent and as they are; None: all of it.
     write: what to write for it; empty: `rule=fp.rules.NAME()`.
   """
 
@@ -71,12 +73,13 @@ class Rule(NamedTuple):
   cycle: int = 1
   told: Callable | None = None
   penalty: Callable | None = None
+  prune: Callable | None = None
   write: str = ""
 
 
 def pairs_of(module) -> Pairs:
-  """The low-rank adapters of a module, by layer."""
-  found = adapter.find(module, lowrank.LoRA)
+  """The low-rank adapters of a module, by layer (and name, if stacked)."""
+  found = adapter.find(module, (lowrank.LoRA, stacked.Factors))
   return tuple(
     heard_lib.Pair(adapter.join(path), float(node.scale))
     for path, (node, _) in found.items()
@@ -121,7 +124,8 @@ def bind(rule: Rule, model: objective.Model, *, watch: bool = False) -> Bound:
   if rule.residual and without:
     raise ValueError(
       f"rule '{rule.name}' moves the layers themselves, but '{without[0]}' has "
-      "no residual; build the adapters with peft.lora(..., residual=True)"
+      "no residual; build the adapters with peft.lora(..., residual=True), or "
+      "for stacked adapters use a rule without one, such as flexlora"
     )
   # Where one factor alone is reported there is nothing more to hear.
   if rule.linear and (not watch or rule.placement):
@@ -151,7 +155,8 @@ def recombine(
   """A server that makes new factors out of what it heard.
 
   Args:
-    pairs: the adapters; every other leaf gets its mean delta.
+    pairs: the adapters; every other leaf, and a factor that travels without
+      the other, gets its mean delta.
     step: (pair, params, heard, count) -> {path: new value}.
 
   Returns:
@@ -165,7 +170,7 @@ def recombine(
   def update(heard, state, params):
     mean = means(heard)
     down = {k: mean.get(k, jnp.zeros_like(v)) for k, v in params.items()}
-    for pair in pairs:
+    for pair in heard_lib.both_travel(pairs, params):
       new = step(pair, params, heard, state.applied)
       down |= {k: params[k] - v for k, v in new.items()}
     return down, Rounds(state.applied + 1)
@@ -204,26 +209,6 @@ def check(
       )
 
 
-def compacted(job: work.Work, bound: Bound) -> work.Work:
-  """A job that says what has to cross the uplink under a rule."""
-  rule, pairs = bound.rule, bound.pairs
-
-  def compact(spec, traits, round):
-    spec = dict(spec)
-    rank = traits.get("rank")
-    for pair in pairs:
-      for name, axis in ((pair.a, -1), (pair.b, -2)):
-        if name not in spec:
-          continue
-        if rule.active is not None and not rule.active(name, _When(round)):
-          del spec[name]
-        elif rank is not None:
-          spec[name] = _cut(spec[name], axis, int(rank))
-    return spec
-
-  return job._replace(compact=compact, cycle=rule.cycle)
-
-
 def descent(bound: Bound, model: objective.Model) -> Callable | None:
   """`work.train`'s descent under a rule that adds to the loss; else None."""
   if bound.rule.penalty is None:
@@ -245,43 +230,6 @@ def descent(bound: Bound, model: objective.Model) -> Callable | None:
     )
 
   return down
-
-
-def ranked(job: work.Work, bound: Bound) -> work.Work:
-  """A job whose clients have ranks of their own, their trait `rank`.
-
-  A client of rank r starts from the first r columns of A and rows of B; the
-  others are zero, have a gradient of zero, and stay zero: one compiled program
-  for all ranks. It reports against what it was sent, so that the server knows
-  the factors that it holds, padded with zeros.
-  """
-
-  def mine(sent, rank):
-    params = dict(sent.params)
-    for pair in bound.pairs:
-      for name, axis in ((pair.a, -1), (pair.b, -2)):
-        if name in params:
-          x = params[name]
-          shape = [1] * x.ndim
-          shape[axis] = x.shape[axis]
-          here = jnp.arange(x.shape[axis]) < rank
-          params[name] = jnp.where(here.reshape(shape), x, jnp.zeros_like(x))
-    return sent._replace(params=params)
-
-  def init(sent, base, local, client):
-    rank = client.traits["rank"]
-    return rank, job.init(mine(sent, rank), base, local, client)
-
-  def step(carry, sent, base, batch):
-    rank, inner = carry
-    inner, stats = job.step(inner, mine(sent, rank), base, batch)
-    return (rank, inner), stats
-
-  def finish(carry, sent):
-    return job.finish(carry[1], sent)
-
-  traits = (*job.traits, "rank")
-  return job._replace(init=init, step=step, finish=finish, traits=traits)
 
 
 def news(rule: Rule, pairs: Pairs) -> Callable:
@@ -306,16 +254,3 @@ def terms(pair: heard_lib.Pair, specs: dict, columns: int) -> Any:
   if not product.pays(columns, K, F):
     shapes = [(K, F)]
   return [jax.ShapeDtypeStruct((*stack, *x), jnp.float32) for x in shapes]
-
-
-class _When(NamedTuple):
-  """The part of a `work.Moment` that a host knows."""
-
-  round: int
-
-
-def _cut(spec, axis, size):
-  """A shape with an axis cut to a size."""
-  shape = list(spec.shape)
-  shape[axis] = min(shape[axis], size)
-  return jax.ShapeDtypeStruct(tuple(shape), spec.dtype)

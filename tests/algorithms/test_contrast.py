@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax import nnx
 
 import fedjax_peft as fp
 import toy
@@ -82,3 +84,28 @@ def test_what_is_remembered_is_in_no_message():
   size = sum(x.nbytes for x in toy.net().params.values())
   assert algorithm.bytes(4)["cloud/up_bytes"] == size + 4
   assert algorithm.bytes(4)["cloud/down_bytes"] == size
+
+
+class Seeing(toy.Net):
+  """A net that offers what its head reads."""
+
+  def features(self, x):
+    return jax.nn.relu(self.up(x))
+
+  def __call__(self, x):
+    return self.head(self.features(x))
+
+
+def test_a_module_that_offers_its_features_needs_no_function():
+  model = fp.model(
+    Seeing(nnx.Rngs(0)), fp.losses.classification, precision="float32"
+  )
+  algorithm = algorithms.moon(model, HOW, mu=2.0)
+  found = toy.Player(algorithm, DATA, model.base).play(COHORT, COHORT)[0]
+  wanted = player(2.0).play(COHORT, COHORT)[0]
+  assert toy.same_bits(found.params, wanted.params)
+
+
+def test_a_module_without_features_is_refused_with_what_to_write():
+  with pytest.raises(ValueError, match=r"a Net has no.*features=lambda"):
+    algorithms.moon(toy.net(), HOW)
