@@ -23,6 +23,7 @@ _PUBLIC = {
     "fedyogi",
     "flasc",
   ),
+  "budget": ("Budget",),
   "evaluate": ("evaluation",),
   "executor": ("Cohort",),
   "hierarchy": ("Tier", "tier"),
@@ -38,8 +39,10 @@ _PUBLIC = {
     "exchange",
   ),
   "links": (
+    "air",
     "clip",
     "count",
+    "discount",
     "error_feedback",
     "fixed_point",
     "int4",
@@ -54,6 +57,7 @@ _PUBLIC = {
     "weigh",
   ),
   "objective": ("Model", "model"),
+  "plan": ("Plan", "Turn"),
   "reduce": ("Reduce",),
   "rules.cards": ("explain",),
   "rounds": ("Outcome", "State"),
@@ -86,11 +90,14 @@ _MODULES = {
   "kernels": "kernels",
   "losses": "losses",
   "models": "models",
+  "network": "network",
+  "notes": "notes",
   "peft": "peft",
   "reduce": "reduce",
   "robust": "robust",
   "rules": "rules",
   "sample": "sampling",
+  "summary": "summary",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -13,8 +13,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_peft import executor, hierarchy, placement, rounds, validate, work
-from fedjax_peft import setup as setup_lib
+from fedjax_peft import (
+  executor,
+  hierarchy,
+  ingredients,
+  placement,
+  rounds,
+  validate,
+  work,
+)
 
 
 class Algorithm(NamedTuple):
@@ -89,7 +96,7 @@ def federated(
   job: work.Work,
   tiers: Sequence[hierarchy.Tier],
   *,
-  notes: Sequence[setup_lib.Note] = (),
+  notes: Sequence[ingredients.Note] = (),
   pool: int = 0,
 ) -> Algorithm:
   """Clients work, tiers reduce what they send, the model goes down.
@@ -115,7 +122,7 @@ def federated(
   def labelled(*labels):
     return {k for k, v in job.placement.items() if v in labels}
 
-  setup = setup_lib.Setup(
+  setup = ingredients.Setup(
     job,
     # What crosses a boundary: the leaves placed at its tier or higher.
     tuple(
@@ -138,7 +145,7 @@ def federated(
     segments=bind(rounds.segments),
     absorb=bind(rounds.absorb),
     finish=bind(rounds.finish),
-    bytes=bind(setup_lib.message_bytes),
+    bytes=bind(ingredients.message_bytes),
     work=job,
     tiers=tiers,
   )
@@ -161,7 +168,7 @@ def extended(
   *,
   job: work.Work | None = None,
   tiers: Sequence[hierarchy.Tier] | None = None,
-  notes: Sequence[setup_lib.Note] = (),
+  notes: Sequence[ingredients.Note] = (),
   pool: int = 0,
 ) -> Algorithm:
   """The same algorithm with other parts, notes or a pool of earlier models.
@@ -181,8 +188,8 @@ def extended(
   job = made.work if job is None else job
   if pool and placement.SERVED in job.placement.values():
     raise ValueError(
-      "clients that report late start from earlier models, but this algorithm's "
-      "residuals belong to one round: use a rule without residuals (fedit, "
+      "clients that report late start from earlier models, but residuals "
+      "belong to one round: use a rule without residuals (fedit, "
       "ffa, fedsa, flexlora) or synchronous rounds"
     )
   fresh = federated(

@@ -4,6 +4,7 @@ Whatever a config asks for is checked here, before anything is compiled: names
 and options against the functions they stand for, with the near names.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from fedjax_peft import (
   models,
   objective,
   peft,
+  plan,
   rounds,
   sampling,
+  scene,
   schema,
   work,
 )
@@ -41,15 +44,17 @@ class Parts(NamedTuple):
     data: the population.
     model: what is trained, what is shared, and the loss.
     algorithm: what happens in a round.
-    cohort: who takes part.
+    cohort: who takes part in every round.
     state: shapes and dtypes of what a run carries from round to round.
+    group: which cluster each client belongs to.
   """
 
   data: data.Population
   model: objective.Model
   algorithm: algorithm.Algorithm
-  cohort: sampling.Sampler
+  cohort: plan.Plan
   state: rounds.State
+  group: plan.Grouping | None = None
 
 
 def build(run: schema.Config) -> Parts:
@@ -60,7 +65,10 @@ def build(run: schema.Config) -> Parts:
     ValueError: if a name or an option does not exist, or parts do not fit.
   """
   options = {k: v for k, v in run.data.items() if k != "name"}
+  groups = options.pop("groups", 1)
   population = data.load(run.data["name"], **{"seed": run.seed, **options})
+  if groups != 1:
+    population = data.planted(population, groups, seed=run.seed)
   population = compose.ranked(run, population)
   if run.attack:
     population = attack.attackers(
@@ -80,16 +88,49 @@ def build(run: schema.Config) -> Parts:
   made = compose.algorithm_of(run, population, model, how, server)
   if run.algorithm.get("name") == "centralized":
     population = algorithms.pooled(population)
-  if made.specialize is not None:
-    made, _ = made.specialize(population)
+  limited = [k for k, v in dataclasses.asdict(run.budget).items() if v]
+  if limited and not scene.is_simulated(run) and limited != ["epsilon"]:
+    raise ValueError(
+      f"budget.{limited[0]} needs a simulated network, which counts what is "
+      "spent: say what it is like, such as "
+      "--set 'network.clock={kind=\"synchronous\"}'"
+    )
   size = 1 if len(population) == 1 else run.cohort.size
-  cohort = _sampler(run.cohort, size, population)
-  most = cohort.most(population)
+  sampler = _sampler(run.cohort, size, population)
+  if scene.is_simulated(run):
+    population, made, cohort = _simulated(run, population, model, made)
+  else:
+    cohort = plan.sampled(sampler, population, run.seed)
+  if made.specialize is not None and not cohort.pool:
+    made, _ = made.specialize(population)
+  group = scene.group_of(run, population, model, made)
+  if group is not None:
+    cohort = plan.grouped(cohort, group)
+  if cohort.hears or cohort.pool:
+    made = plan.prepared(cohort, made)
   # Tracing the first state lets every link refuse what it cannot carry.
   state = jax.eval_shape(
-    lambda: made.init(clients=len(population), cohort=most)
+    lambda: made.init(clients=len(population), cohort=cohort.most)
   )
-  return Parts(population, model, made, cohort, state)
+  state = state._replace(plan=cohort.init())
+  return Parts(population, model, made, cohort, state, group)
+
+
+def _simulated(run, population, model, made):
+  """What a simulated network makes of data and algorithm, and its plan."""
+  if run.cohort.sampler != "uniform":
+    raise ValueError(
+      f"whom a simulated network asks is said by network.select: got "
+      f"cohort.sampler={run.cohort.sampler!r}; write "
+      "--set 'network.select={method=\"poisson\", rate=0.1}'"
+    )
+  fault = scene.fault_of(run, len(population.classes))
+  population = fault.data(population, run.seed)
+  job = fault.wrap(made.work)
+  if job is not made.work:
+    made = algorithm.extended(made, job=job)
+  population = scene.fitted(run, population, model, made.work)
+  return population, made, scene.plan_of(run, population, model, made)
 
 
 def settings(run: schema.Config, parts: Parts) -> settings_lib.Settings:
@@ -99,7 +140,7 @@ def settings(run: schema.Config, parts: Parts) -> settings_lib.Settings:
     parts.algorithm,
     parts.model.base,
     parts.data.examples,
-    parts.cohort.most(parts.data),
+    parts.cohort.most,
     executor_name=how.executor,
     blocks=how.blocks,
     width=how.width,

@@ -6,7 +6,7 @@ calls them, each checked against the function that it stands for.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,13 @@ from fedjax_peft import (
   validate,
   work,
 )
+from fedjax_peft.network import topology
 
 LINKS: dict[str, Callable] = {
   "clip": links.clip,
+  "air": links.air,
   "count": links.count,
+  "discount": links.discount,
   "fixed_point": links.fixed_point,
   "int4": links.int4,
   "int8": links.int8,
@@ -45,14 +48,15 @@ LINKS: dict[str, Callable] = {
   "top_k": links.top_k,
   "weigh": links.weigh,
 }
+# What helps algorithms: for adapters, data and models, or a run of its own.
+TOOLS = ("by_example", "find_nodes", "mix", "pooled", "slora", "stack")
 ALGORITHMS: dict[str, Callable] = {
   "fedavg": alias.fedavg,
   "flasc": alias.flasc,
   **{
     name: getattr(algorithms, name)
     for name in algorithms.__all__
-    # These are for adapters and data, or need a function of the user's.
-    if name not in ("mix", "moon", "pooled", "stack")
+    if name not in TOOLS
   },
 }
 REDUCTIONS: dict[str, Callable] = {
@@ -68,6 +72,7 @@ ATTACKS: dict[str, Callable] = {
 _TAKEN: dict[str, tuple[str, ...]] = {
   "centralized": ("placement",),
   "flasc": ("uplink", "downlink"),
+  "gossip": ("uplink", "downlink", "placement", "server"),
   "local_only": ("placement",),
   "reptile": ("server",),
 }
@@ -111,6 +116,13 @@ def algorithm_of(
     given["clients"] = everyone if name == "afl" else seen
   if name == "centralized":
     given |= {"data": population, "cohort": run.cohort.size}
+  if name == "moon":
+    given["features"] = None  # those of the model
+  if name == "feddpa" and algorithms.nearness.CENTER in model.params:
+    options.pop("by_example", None)  # see model_of
+  if name == "gossip":
+    given = {"model": model, "local": how}
+    given["mixing"] = _mixing(options, len(population), run.seed)
   if name == "pfedme":
     given["inner"] = optax.sgd(options.pop("inner_rate", 0.1))
   plain = {
@@ -131,6 +143,43 @@ def algorithm_of(
       )
   made = config.call(factory, options, "algorithm", **given)
   return _attacked(run, population, made)
+
+
+def model_of(
+  run: schema.Config, model: objective.Model, examples: Mapping[str, Any]
+) -> objective.Model:
+  """The model as the algorithm needs it: FedDPA's may mix by example.
+
+  Args:
+    run: the config.
+    model: with its adapters and its loss.
+    examples: {name: [M, ...]}, for their shapes.
+  """
+  most = run.algorithm.get("by_example")
+  if run.algorithm.get("name") != "feddpa" or most is None:
+    return model
+  return config.call(
+    algorithms.by_example,
+    {"most": most},
+    "algorithm.by_example",
+    model=model,
+    examples=examples,
+  )
+
+
+def _mixing(options: dict, clients: int, seed: int) -> np.ndarray:
+  """The mixing matrix of the graph that gossip's options name."""
+  table = {"graph": options.pop("graph", "ring")}
+  for name in ("probability", "radius", "rows"):
+    if name in options:
+      table[name] = options.pop(name)
+  where = "algorithm.graph"
+  make, rest = named(topology.GRAPHS, table, "graph", where)
+  known = inspect.signature(make).parameters
+  more = {"seed": seed} if "seed" in known else {}
+  return topology.metropolis(
+    config.call(make, rest, where, nodes=clients, **more)
+  )
 
 
 def rule_of(run: schema.Config) -> rules.Rule | None:

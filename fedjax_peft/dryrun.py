@@ -9,7 +9,7 @@ from fedjax_peft import build, console, link, schema, tree
 def show(run: schema.Config) -> None:
   """Prints data, parameters, bytes of every link, and memory."""
   parts = build.build(run)
-  most = parts.cohort.most(parts.data)
+  most = parts.cohort.most
   rows = console.facts
   console.say("data", parts.data.card(), "")
   console.say("model", rows(_model(run, parts)), "")

@@ -7,7 +7,9 @@ rounds after it, with the execution settings of the first start, bit for bit.
 """
 
 import contextlib
+import dataclasses
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_peft import (
+  budget,
   build,
   checkpoint,
   config,
@@ -44,6 +47,7 @@ class Paths(NamedTuple):
   config: pathlib.Path
   records: pathlib.Path
   clients: pathlib.Path
+  ledger: pathlib.Path
   checkpoints: pathlib.Path
 
 
@@ -55,6 +59,7 @@ def paths(root: str | os.PathLike) -> Paths:
     root / "config.json",
     root / "records.jsonl",
     root / "clients",
+    root / "ledger",
     root / "checkpoints",
   )
 
@@ -91,7 +96,9 @@ def train(
   before = _recorded(where) if begun else None
   if before:
     _refuse_changes(before["config"], run.to_dict(), allow_drift)
-  if not (where.checkpoints / str(run.rounds)).is_dir():  # else it is done
+  lines = record.read(where.records)
+  done = (where.checkpoints / str(run.rounds)).is_dir()
+  if not done and not (lines and "stopped" in lines[-1]):
     _cache_programs()
     parts = build.build(run)
     where.root.mkdir(parents=True, exist_ok=True)
@@ -115,6 +122,7 @@ def _train(run, where, parts, before, allow_drift) -> None:
     if start is None:
       record.truncate(where.records, 0)
       record.drop_clients(where.clients, after=0)
+      record.drop_clients(where.ledger, after=0)
     about = {"config": run.to_dict(), "settings": settings._asdict()}
     record.write_json(where.config, about | {"facts": facts})
     done = 0 if start is None else int(start.round)
@@ -123,7 +131,8 @@ def _train(run, where, parts, before, allow_drift) -> None:
       for state, line in _rounds(run, parts, settings, start, where):
         line["wall/write_seconds"] = spent  # of the round before
         begun = time.perf_counter()
-        last = bool(asked)  # read once, since it may be asked at any moment
+        asking = bool(asked)  # read once, since it may be asked at any moment
+        last = asking or "stopped" in line
         _write(run, where, saves, state, line, last)
         spent = time.perf_counter() - begun
         progress.show(line)
@@ -160,7 +169,20 @@ def _rounds(run, parts, settings, state, where) -> Iterator[tuple[Any, Any]]:
     tables=lambda number, table: record.write_clients(
       where.clients, number, table
     ),
+    costs=lambda number, table: record.write_clients(
+      where.ledger, number, table
+    ),
+    stop=_stop(run),
+    group=parts.group,
   )
+
+
+def _stop(run):
+  """Says in which round the run's budget is spent."""
+  limits = budget.Budget(**dataclasses.asdict(run.budget))
+  if not limits.limits:
+    return None
+  return functools.partial(budget.exceeded, limits)
 
 
 def _write(run, where, saves, state, line, last) -> None:
@@ -182,6 +204,7 @@ def _restore(saves, where, parts) -> Any:
     return None
   record.truncate(where.records, saved.meta["records_bytes"])
   record.drop_clients(where.clients, after=saved.step)
+  record.drop_clients(where.ledger, after=saved.step)
   last = record.read(where.records)[-1]
   if last["state/digest"] != record.digest(saved.state):
     raise ValueError(
@@ -197,7 +220,9 @@ def _restore(saves, where, parts) -> Any:
 def _conclude(run, where) -> int:
   """The end of a run: a table, or how to go on."""
   lines = record.read(where.records)
-  if lines[-1]["round"] >= run.rounds:
+  if "stopped" in lines[-1]:
+    console.say(f"after round {lines[-1]['round']}: {lines[-1]['stopped']}")
+  if lines[-1]["round"] >= run.rounds or "stopped" in lines[-1]:
     console.say(console.summary(lines), f"run directory: {where.root}")
     return 0
   console.say(

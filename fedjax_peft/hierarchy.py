@@ -35,6 +35,9 @@ class Tier(NamedTuple):
       where that is less than all leaves; for the count of bytes.
     watch: (message, params) -> {name: scalar}, what the record says of a
       reduced message.
+    mix: (staleness) -> scalar: senders report their model and not how far it
+      went, and count so much; the message is a mean over senders of
+      mix (model now - model reported). None: how far it went.
   """
 
   name: str
@@ -46,6 +49,7 @@ class Tier(NamedTuple):
   down: link_lib.Link
   news: Callable | None = None
   watch: Callable | None = None
+  mix: Callable | None = None
 
 
 def tier(
@@ -59,6 +63,7 @@ def tier(
   down: link_lib.Link | None = None,
   news: Callable | None = None,
   watch: Callable | None = None,
+  mix: Callable | None = None,
 ) -> Tier:
   """A level of receivers, with the defaults of federated averaging.
 
@@ -73,6 +78,8 @@ def tier(
     down: downlink from this tier; None sends the leaves as they are.
     news: see `Tier`; None tells all leaves.
     watch: see `Tier`.
+    mix: see `Tier`; for a lowest tier of one node, and reports that are
+      scaled by it (`links.discount`).
 
   Raises:
     ValueError: bad size, period or name, or a link and a reduction that
@@ -90,7 +97,11 @@ def tier(
   link_lib.exchange(link, reduce)
   link_lib.broadcast(down)
   server = optax.sgd(1.0) if server is None else server
-  return Tier(name, size, link, reduce, server, period, down, news, watch)
+  if mix is not None and size > 1:
+    raise ValueError(
+      f"reports can be mixed into one model only: got {size=}; use size=1"
+    )
+  return Tier(name, size, link, reduce, server, period, down, news, watch, mix)
 
 
 class Node(NamedTuple):
@@ -187,7 +198,7 @@ def tell(at: Boundary, node: Node, key: jax.Array) -> tuple[dict, Node]:
 
 
 def hear(
-  at: Boundary, node: Node, acc: PyTree, weight, roster, key
+  at: Boundary, node: Node, acc: PyTree, weight, roster, key, drift=None
 ) -> tuple[Node, dict[str, jax.Array]]:
   """Applies what every node has heard.
 
@@ -200,6 +211,8 @@ def hear(
     weight: int32 [E], examples behind them.
     roster: who sent, to whom, and whose wire arrived.
     key: random key of the round and the boundary.
+    drift: how far the model has moved since the senders started, to be added
+      to what they report; None adds nothing.
 
   Returns:
     (nodes, {name: mean over the nodes that heard anyone}).
@@ -214,6 +227,8 @@ def hear(
     moved = at.pick(params)
     if isinstance(message, dict):  # of what is only served nobody reports
       message = tree.zeros_like(moved) | message
+    if drift is not None:
+      message = jax.tree.map(jnp.add, message, at.pick(drift))
     stats = at.tier.watch(message, moved) if at.tier.watch else {}
     updates, new_opt = at.tier.server.update(message, opt, moved)
     new = optax.apply_updates(moved, updates)

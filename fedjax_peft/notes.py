@@ -7,20 +7,20 @@ them: which clients have a high loss, whose updates are alike.
 import jax
 import jax.numpy as jnp
 
-from fedjax_peft import setup, tree
+from fedjax_peft import ingredients, tree
 
 
-def loss() -> setup.Note:
+def loss() -> ingredients.Note:
   """The mean training loss over the client's steps of a round."""
 
   def make(message, stats):
     total, count = stats["loss"]
     return (total / jnp.maximum(count, 1)).astype(jnp.float32)
 
-  return setup.Note("loss", make)
+  return ingredients.Note("loss", make)
 
 
-def sketch(size: int = 64) -> setup.Note:
+def sketch(size: int = 64) -> ingredients.Note:
   """A short vector whose inner products are those of the messages, on average.
 
   Entries get random signs and are added up in `size` buckets (feature hashing,
@@ -46,7 +46,7 @@ def sketch(size: int = 64) -> setup.Note:
       total = total + jnp.sum(padded.reshape(-1, size), axis=0)
     return total
 
-  return setup.Note("sketch", make, (size,))
+  return ingredients.Note("sketch", make, (size,))
 
 
 NOTES = {"loss": loss(), "sketch": sketch()}

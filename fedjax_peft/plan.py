@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
-from fedjax_peft import notes, sampling
+from fedjax_peft import notes, rounds, sampling
 
 
 class Turn(NamedTuple):
@@ -53,9 +53,11 @@ class Plan(NamedTuple):
     turn: (memory, round, told) -> (Turn, memory). A pure function. `told` is
       what clients told of themselves, {name: [N, ...]}.
     most: the most clients of a turn.
-    hears: names of the notes that it reads. With none, a turn is planned while
-      the devices work on the one before.
+    hears: names of the notes that it reads.
     pool: earlier models that have to be kept.
+    waits: whether a turn depends on the state after the round before, beside
+      the notes. Otherwise, and where it reads no notes, it is planned while
+      the devices work on that round.
   """
 
   name: str
@@ -64,6 +66,7 @@ class Plan(NamedTuple):
   most: int
   hears: frozenset[str] = frozenset()
   pool: int = 0
+  waits: bool = False
 
 
 def sampled(
@@ -75,6 +78,62 @@ def sampled(
     return Turn(sampling.cohort_of(sampler, data, seed, number)), memory
 
   return Plan(sampler.name, dict, turn, sampler.most(data))
+
+
+def _stay(state, nodes, number):
+  """Nobody moves, and no cluster splits."""
+  return state, nodes
+
+
+class Grouping(NamedTuple):
+  """Who talks to which node.
+
+  Attributes:
+    name: for records and messages.
+    first: int32 [N], before the first round.
+    before: (state, nodes [N], round) -> (state, nodes), between two rounds.
+    join: (state, ids [C]) -> int32 [C], asked of the clients of a round; None
+      asks nobody.
+    hears: notes that `before` reads.
+  """
+
+  name: str
+  first: np.ndarray
+  before: Callable[[rounds.State, np.ndarray, int], tuple[Any, np.ndarray]] = (
+    _stay
+  )
+  join: Callable[[rounds.State, np.ndarray], np.ndarray] | None = None
+  hears: frozenset[str] = frozenset()
+
+
+def grouped(made: Plan, how: Grouping) -> Plan:
+  """The plan, remembering whom each client talks to and hearing what it must.
+
+  Args:
+    made: of the rounds.
+    how: who talks to whom; hand it to `run` as well.
+  """
+  if "nodes" in made.init():
+    raise ValueError(
+      "clients talk to the edge that they are near or to the cluster that they "
+      "belong to: got both stations and a grouping; leave one out"
+    )
+  hears = made.hears | how.hears
+  # A turn is then planned after the round before, whose reports it needs.
+  changes = how.join is not None or how.before is not _stay
+
+  def init():
+    return made.init() | {"nodes": how.first.copy()}
+
+  def turn(memory, number, told):
+    nodes = memory["nodes"]
+    rest = {k: v for k, v in memory.items() if k != "nodes"}
+    found, rest = made.turn(rest, number, told)
+    return found._replace(nodes=nodes[found.clients]), rest | {"nodes": nodes}
+
+  return made._replace(
+    init=init, turn=turn, hears=hears, waits=made.waits or changes
+  )
 
 
 def prepared(

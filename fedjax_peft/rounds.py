@@ -14,8 +14,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedjax_peft import executor, hierarchy, link, tree, work
-from fedjax_peft import setup as setup_lib
+from fedjax_peft import (
+  earlier,
+  executor,
+  hierarchy,
+  ingredients,
+  link,
+  tree,
+  work,
+)
 
 PyTree = Any
 
@@ -28,7 +35,7 @@ class Rows(NamedTuple):
   Attributes:
     local: leaves placed on the device.
     mine: state of the clients' end of the uplink.
-    told: what the receivers remember of each; see `setup.Note`.
+    told: what the receivers remember of each; see `ingredients.Note`.
   """
 
   local: dict[str, jax.Array]
@@ -108,7 +115,7 @@ def init(setup, params=None, *, clients, cohort):
   params = {k: jnp.asarray(v) for k, v in params.items()}
   nodes, rows = [], ()
   for i, (at, spec) in enumerate(
-    zip(setup.boundaries, setup_lib.specs(setup, cohort), strict=True)
+    zip(setup.boundaries, ingredients.specs(setup, cohort), strict=True)
   ):
     top = i == len(setup.boundaries) - 1
     held = at.pick(params)
@@ -164,7 +171,8 @@ def begin(
   }
   alone, same = at.tier.size == 1, at.tier.size == 1 and not setup.pool
   if setup.pool:
-    received, state = _with_earlier(setup, received, state, cohort.keep)
+    pool = earlier.kept(state.pool, received, cohort.keep)
+    state, received = state._replace(pool=pool), earlier.models(received, pool)
   elif alone:
     received = jax.tree.map(lambda x: x[0], received)
   sent = work.Sent(received, {"round": state.round})
@@ -190,28 +198,12 @@ def begin(
   return state, common, jax.vmap(one)(group, mine)
 
 
-def _with_earlier(setup, received, state, keep):
-  """The models of now and, behind them, of earlier: leaves [(1 + P) E, ...].
-
-  Version 0 is what the nodes tell now, version 1 + p is what place p of the
-  pool holds. What they tell now is put into place `keep`, if there is one.
-  """
-  pool = {
-    k: v.at[keep].set(received[k], mode="drop") for k, v in state.pool.items()
-  }
-  models = {
-    k: jnp.concatenate([v[None], pool[k]]).reshape(-1, *v.shape[1:])
-    for k, v in received.items()
-  }
-  return models, state._replace(pool=pool)
-
-
 def _launch(setup, common, node, shape, width, group, mine):
   """An empty flight for one device."""
   at, places = setup.boundaries[0], group.clients.size
   lanes, buffer = executor.empty(setup.job, common, group, shape, width)
   zero = at.uplink.zeros(
-    setup_lib.specs(setup, 1)[0]._replace(bound=1.0, integer_bound=1), places
+    ingredients.specs(setup, 1)[0]._replace(bound=1.0, integer_bound=1), places
   )
   shared, own = jax.tree.map(lambda x: x[0], (node.shared, mine))
   one = jax.tree.map(lambda x: x[0], buffer.message)
@@ -325,7 +317,15 @@ def finish(setup, state, common, flight, cohort, *, whole=executor.as_it_is):
   weight = jnp.sum(flight.weight, axis=0, dtype=jnp.int32)
   roster = common.roster._replace(arrived=flight.arrived.reshape(-1))
   hear = whole(functools.partial(hierarchy.hear, setup.boundaries[0]))
-  nodes[0], seen = hear(nodes[0], sums, weight, roster, roster.key)
+  drift = None
+  if setup.pool and setup.boundaries[0].tier.mix is not None:
+    drift = earlier.drift(
+      setup.boundaries[0].tier.mix,
+      common.sent.params,
+      flight.group,
+      flight.arrived,
+    )
+  nodes[0], seen = hear(nodes[0], sums, weight, roster, roster.key, drift)
   record, span = {}, 1
   record |= {f"{setup.boundaries[0].tier.name}/{k}": v for k, v in seen.items()}
   for i, at in enumerate(setup.boundaries[1:], start=1):

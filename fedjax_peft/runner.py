@@ -49,6 +49,7 @@ def run(
   tables: Callable[[int, dict], Any] | None = None,
   costs: Callable[[int, Mapping], Any] | None = None,
   stop: Callable[[Mapping], str | None] | None = None,
+  group: plan.Grouping | None = None,
 ) -> Iterator[tuple[round_lib.State, Record]]:
   """Runs rounds and yields (state, record) after each.
 
@@ -71,6 +72,8 @@ def run(
       counts what clients spend.
     stop: (record) -> why this round is the last, or None; the round is then
       measured and its record says why, under `stopped`.
+    group: which node each client talks to; the plan is then one of
+      `plan.grouped`.
 
   Yields:
     (state, record). The rows of a state that live on the clients are updated
@@ -89,12 +92,13 @@ def run(
   most = cohort.most
   if cohort.hears or cohort.pool:
     algorithm = plan.prepared(cohort, algorithm)
-  if not cohort.hears:  # what cannot be drawn is refused before all else
+  waits = bool(cohort.hears) or cohort.waits
+  if not waits:  # what cannot be drawn is refused before all else
     cohort.turn(cohort.init(), 0, {})
   if state is None:
     state = algorithm.init(clients=len(data), cohort=most)
     state = state._replace(plan=cohort.init())
-  memory, state = state.plan, state._replace(plan={})
+  memory, state = dict(state.plan), state._replace(plan={})
   if settings is None:
     settings = settings_lib.choose(algorithm, model.base, data.examples, most)
   streamed = settings.executor in ("stream", "debug")
@@ -108,11 +112,16 @@ def run(
   client = traffic.sizes(algorithm, most)
   node = traffic.between(algorithm, most)
   key = jax.random.key(seed)
-  nodes = algorithm.tiers[0].size
+  receivers = algorithm.tiers[0].size
 
   def seat(number, memory, state):
     told = {k: np.asarray(state.clients.told[k]) for k in sorted(cohort.hears)}
     turn, memory = cohort.turn(memory, number, told)
+    if group is not None and group.join is not None:
+      turn = turn._replace(nodes=group.join(state, turn.clients))
+      now = memory["nodes"].copy()
+      now[turn.clients] = turn.nodes
+      memory = memory | {"nodes": now}
     return (
       turn,
       memory,
@@ -123,7 +132,7 @@ def run(
         settings,
         examples=examples,
         traits=data.traits,
-        nodes=nodes,
+        nodes=receivers,
         seed=seed,
         round=number,
       ),
@@ -136,10 +145,13 @@ def run(
   ahead = None
   for number in range(begin, rounds):
     begun = time.perf_counter()
+    if group is not None:
+      state, now = group.before(state, memory["nodes"], number)
+      memory = memory | {"nodes": now}
     turn, memory, here = ahead or seat(number, memory, state)
     state, outcome = step.run(state, base, here, key)
     ahead = None
-    if number + 1 < rounds and not cohort.hears:
+    if number + 1 < rounds and not waits:
       # The host plans while the devices work.
       ahead = seat(number + 1, memory, state)
     record = Record(round=number + 1, rounds=rounds)

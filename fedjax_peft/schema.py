@@ -139,6 +139,97 @@ class Cohort:
     "uniform: exactly `size` clients; poisson: `size` on average", "uniform"
   )
   size: Count = _doc("clients a round", 64)
+  group: Table = _doc(
+    'which cluster a client belongs to, {by="update", at=[5]}: loss() of the '
+    "clusters' models, update(at, clusters) by the directions of reports, "
+    "device(clusters) by speed and distance, planted() as data.groups says",
+    {},
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+  """A simulated network: time, energy, money; off if nothing is said."""
+
+  clock: Table = _doc(
+    'when a round ends, {kind="deadline", seconds=60}: synchronous(timeout), '
+    "deadline(seconds, over), buffered(concurrency, buffer), "
+    "asynchronous(concurrency), periodic(concurrency, seconds)",
+    {},
+  )
+  fleet: Table = _doc(
+    "share of the clients that have a machine, {phone = 0.7, gateway = 0.3}: "
+    "phone, phone_low, gateway, old_pc, industrial_pc, edge_server, cloud "
+    "(phone)",
+    {},
+  )
+  fleet_file: str = _doc("a CSV with a row for each client, in its place", "")
+  spread: NonNegative = _doc("deviation of the log of speed in a kind", 0.0)
+  radio: Table = _doc(
+    'links of the clients, {kind="wifi"}: cell, wifi, wired, satellite or '
+    "radio, with any option of fedjax_peft.network.radio.radio (cell)",
+    {},
+  )
+  stations: Table = _doc(
+    "where edges are and clients go: spacing, speed, pause, hysteresis, "
+    "capacity, outages={edge=[from_round, to_round]}",
+    {},
+  )
+  backhaul: Table = _doc("the wires between tiers: rate, latency, loss", {})
+  available: Table = _doc(
+    'who can be reached, {kind="diurnal"}: always(), diurnal(low, high, peak, '
+    "hours, zones, hold), markov(on, off, step), trace(path)",
+    {},
+  )
+  select: Table = _doc(
+    'whom the server asks, {method="resource"}: uniform(), poisson(rate), '
+    "by_loss(power), power_of_choice(d), resource(deadline, alpha, explore, "
+    "decay, floor, pool, clip), deadline_aware(deadline, serial), fair(alpha), "
+    "charged(fraction, then)",
+    {},
+  )
+  scenario: Table = _doc(
+    'faults that come together, {name="storm"}: clean(), flaky(rate), '
+    "offline(rate, mean_rounds), stragglers(fraction, factor), noisy(rate, "
+    "sigma), drift(rounds, fraction), crash(at, every, restart), storm()",
+    {},
+  )
+  faults: tuple[Table, ...] = _doc(
+    'what goes wrong, {fault="dropout", rate=0.1}: dropout(rate, phase), '
+    "disconnect(rate, mean_rounds), stragglers(fraction, factor, always), "
+    "duplicates(rate), late(rate, seconds), corrupt(rate, kind, sigma, flips), "
+    "mislabel(rate), "
+    "crash(at, every, restart), drift_labels(rounds, fraction), "
+    "drift_features(rounds, shift, feature, fraction)",
+    (),
+  )
+  steps: Table = _doc(
+    'local steps of each client, {method="adaptive", first=8}: adaptive(first) '
+    "by the loss, within(deadline, most, least) by its speed",
+    {},
+  )
+  prices: Table = _doc(
+    "dollars: gigabyte (of a client's traffic), backhaul (a gigabyte between "
+    "tiers), request (for each client asked)",
+    {},
+  )
+  recharge: NonNegative = _doc("watts that flow into a battery", 0.0)
+  unfit: Literal["exclude", "rank"] = _doc(
+    "what becomes of clients whose memory is too small: exclude, or the "
+    "largest of aggregate.ranks that fits",
+    "exclude",
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+  """What the run may spend; it ends with the round that exceeds one."""
+
+  bytes: Positive | None = _doc("over all links, up and down", None)
+  joules: Positive | None = _doc("of all clients' machines", None)
+  dollars: Positive | None = _doc("of all that is paid for", None)
+  seconds: Positive | None = _doc("of simulated time", None)
+  epsilon: Positive | None = _doc("of differential privacy", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,10 +295,16 @@ class Config:
   algorithm: Table = _doc(
     'what clients and server do, {name="scaffold"} (fedavg): '
     "flasc(down, up), scaffold(), fednova(momentum), feddyn(alpha), "
-    "mime_lite(momentum), qffl(q, rate), afl(rate), ditto(strength), "
-    "apfl(alpha, adaptive), pfedme(strength, inner_rate, steps, beta), "
+    "mime_lite(momentum), moon(mu, temperature), qffl(q, rate), afl(rate), "
+    "ditto(strength), apfl(alpha, adaptive), "
+    "pfedme(strength, inner_rate, steps, beta), "
     "per_fedavg(rate, first_order), reptile(rate), fedper(head), "
-    "fedrep(head_steps, head), feddpa(weight, after), hilora(edges), "
+    "fedrep(head_steps, head), feddpa(weight, after), hilora(edges, stages), "
+    "fedbuff(kind, power, start), "
+    "fedasync(rate, kind, power, start, proximal), "
+    "hierarchical(edges, period, proximal), gossip(graph), "
+    "clustered(clusters, shared), "
+    "ifca(clusters, spread, seed), "
     "local_only(), centralized()",
     {},
   )
@@ -226,11 +323,14 @@ class Config:
     "weigh by themselves, fixed_point(bits), "
     "mask(neighbours), int8(block, stochastic), int4(block, stochastic), "
     "quantize(bits, block, stochastic), sign(), rotate(block), "
+    "discount(kind, power, start) by staleness, "
     "top_k(fraction), rand_k(fraction), lowrank(rank); "
     "error_feedback=true sends the next time what a link lost",
     ({"link": "weigh"},),
   )
   downlink: tuple[Table, ...] = _doc("links the model crosses", ())
+  network: Network = _section(Network)
+  budget: Limits = _section(Limits)
   evaluate: Evaluate = _section(Evaluate)
   execution: Execution = _section(Execution)
   checkpoint: Checkpoint = _section(Checkpoint)

@@ -8,11 +8,10 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedjax_peft import algorithm as algorithm_lib
-from fedjax_peft import executor, tree, work
+from fedjax_peft import one_step, tree, work
 from fedjax_peft.data import schedule
 
 PyTree = Any
@@ -146,26 +145,7 @@ def _power_below(n: int) -> int:
 
 def lane_bytes(job: work.Work, base: PyTree, examples: dict) -> int:
   """Bytes that one client's step needs beside the base, from the compiler."""
-
-  def one(base, rows):
-    sent = work.Sent(
-      {k: jnp.asarray(v) for k, v in job.params.items()},
-      {"round": jnp.int32(0)},
-    )
-    owned = {
-      k: v for k, v in job.params.items() if job.placement.get(k) == "device"
-    }
-    key, one = jax.random.key(0), jnp.int32(1)
-    client = work.Client(key, one, one, dict.fromkeys(job.traits, one))
-    keys = executor.step_key(key, jnp.int32(0), job.stride)
-    batch = work.Batch(rows, jnp.ones(job.rows), keys)
-    carry = job.init(sent, base, owned, client)
-    return job.step(carry, sent, base, batch)
-
-  rows = {
-    k: jax.ShapeDtypeStruct((job.rows, *v.shape[1:]), v.dtype)
-    for k, v in examples.items()
-  }
-  compiled = jax.jit(one).lower(tree.spec(base), rows).compile()
+  made = jax.jit(one_step.function(job))
+  compiled = made.lower(tree.spec(base), one_step.rows(job, examples)).compile()
   memory: Any = compiled.memory_analysis()
   return math.ceil(memory.temp_size_in_bytes + memory.output_size_in_bytes)

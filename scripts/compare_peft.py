@@ -17,17 +17,15 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 
 from fedjax_peft import (
   build,
   config,
   evaluate,
-  flops,
+  one_step,
   runner,
   schema,
   tree,
-  work,
 )
 from fedjax_peft import settings as settings_lib
 
@@ -86,27 +84,6 @@ def config_of(name: str, options: argparse.Namespace, seed: int):
   )
 
 
-def step_flops(parts: build.Parts) -> int:
-  """FLOPs of the products in one local step of a client."""
-  job = parts.algorithm.work
-
-  def one(base, rows):
-    params = {k: jnp.asarray(v) for k, v in job.params.items()}
-    sent = work.Sent(params, {"round": jnp.int32(0)})
-    key, number = jax.random.key(0), jnp.int32(1)
-    client = work.Client(key, number, number, {})
-    own = {k: v for k, v in params.items() if job.placement.get(k) == "device"}
-    carry = job.init(sent, base, own, client)
-    batch = work.Batch(rows, jnp.ones(job.rows), key)
-    return job.step(carry, sent, base, batch)
-
-  rows = {
-    k: jax.ShapeDtypeStruct((job.rows, *v.shape[1:]), v.dtype)
-    for k, v in parts.data.examples.items()
-  }
-  return flops.count(one, tree.spec(parts.model.base), rows)
-
-
 def run_one(run: schema.Config, options: argparse.Namespace) -> dict:
   """Trains and scores one method."""
   begun = time.perf_counter()
@@ -141,7 +118,7 @@ def run_one(run: schema.Config, options: argparse.Namespace) -> dict:
     "trained": tree.size(parts.model.params),
     "up_bytes": last["up_bytes_client"],
     "down_bytes": last["down_bytes_client"],
-    "step_flops": step_flops(parts),
+    "step_flops": one_step.flops_of(job, parts.model.base, parts.data.examples),
     "step_bytes": settings_lib.lane_bytes(
       job, parts.model.base, parts.data.examples
     ),

@@ -4,6 +4,7 @@ from fedjax_peft.data import partition
 from fedjax_peft.data.catalog import Entry, entries, load, names, prepare
 from fedjax_peft.data.clients import Population
 from fedjax_peft.data.memory import population
+from fedjax_peft.data.planted import planted
 from fedjax_peft.data.ragged import Ragged
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
   "load",
   "names",
   "partition",
+  "planted",
   "population",
   "prepare",
 ]

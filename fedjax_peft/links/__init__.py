@@ -1,6 +1,8 @@
 """The links that come with the library; see `fedjax_peft.link` for the noun."""
 
+from fedjax_peft.links.air import air
 from fedjax_peft.links.clipping import clip
+from fedjax_peft.links.discounting import discount, staleness_weight
 from fedjax_peft.links.factoring import lowrank
 from fedjax_peft.links.feedback import error_feedback
 from fedjax_peft.links.masking import mask
@@ -18,8 +20,10 @@ from fedjax_peft.links.weighing import Counted, Weighed, count, weigh
 __all__ = [
   "Counted",
   "Weighed",
+  "air",
   "clip",
   "count",
+  "discount",
   "error_feedback",
   "fixed_point",
   "int4",
@@ -30,6 +34,7 @@ __all__ = [
   "rand_k",
   "rotate",
   "sign",
+  "staleness_weight",
   "top_k",
   "weigh",
 ]

@@ -13,7 +13,7 @@ from flax import nnx
 import bowls
 import fedjax_peft as fp
 import toy
-from fedjax_peft import algorithms, placement
+from fedjax_peft import algorithms, compose, placement
 
 DATA = toy.people((2, 3, 4))
 HOW = fp.local(optax.sgd(0.1), batch=4, epochs=2)
@@ -66,8 +66,7 @@ def made(name):
 
 
 def test_the_table_has_every_algorithm():
-  tools = {"mix", "pooled", "stack"}
-  assert set(EVERY) | tools == set(algorithms.__all__)
+  assert set(EVERY) | set(compose.TOOLS) == set(algorithms.__all__)
 
 
 def held(state):

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import shutil
+import typing
 
 import jax
 import pyarrow.parquet
@@ -261,6 +262,50 @@ def test_help_teaches_every_key_and_every_option_of_links(capsys):
   for name, factory in (compose.LINKS | build.PEFT).items():
     own = [p for p in inspect.signature(factory).parameters if p != "module"]
     assert f"{name}({', '.join(own)})" in out
+
+
+def is_sayable(hint) -> bool:
+  """Whether a config can hold values of a type."""
+  if hint in (int, float, bool, str, type(None)):
+    return True
+  inner = [x for x in typing.get_args(hint) if x is not Ellipsis]
+  if typing.get_origin(hint) is typing.Literal:
+    return True
+  return bool(inner) and all(map(is_sayable, inner))
+
+
+# What a config says in words of its own: a rate of SGD, a kind of graph.
+RENAMED = {("pfedme", "inner"): "inner_rate", ("gossip", "mixing"): "graph"}
+
+
+def options_of(name: str, factory) -> list[str]:
+  """What a table of a config can say of a function, in order."""
+  hints = typing.get_type_hints(factory)
+  own = [
+    RENAMED.get((name, p), p)
+    for p in inspect.signature(factory).parameters
+    # Known from the data, keys of their own, and options of fedavg.
+    if p not in ("clients", "cohort", "classes", "placement", "options")
+  ]
+  return [p for p in own if p not in hints or is_sayable(hints[p])]
+
+
+@pytest.mark.parametrize(
+  ("key", "table"),
+  [
+    # The options of fedavg are keys of their own.
+    (
+      "algorithm",
+      {k: v for k, v in compose.ALGORITHMS.items() if k != "fedavg"},
+    ),
+    ("aggregate.reduce", compose.REDUCTIONS),
+    ("attack", compose.ATTACKS),
+  ],
+)
+def test_help_teaches_every_option_of_a_method(key, table):
+  (text,) = (k.doc for k in schema.fields() if k.name == key)
+  for name, factory in table.items():
+    assert f"{name}({', '.join(options_of(name, factory))})" in text
 
 
 def test_help_shows_examples(capsys):

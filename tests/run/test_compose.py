@@ -1,6 +1,7 @@
 """Composing: every method that a config can name builds and starts."""
 
 import jax
+import optax
 import pytest
 
 from fedjax_peft import build, compose, config, tree
@@ -21,6 +22,7 @@ ALGORITHMS = {
   "hilora": "edges=2",
   "local_only": "",
   "mime_lite": "momentum=0.5",
+  "moon": "mu=0.5, temperature=0.5",
   "per_fedavg": "rate=0.1",
   "pfedme": "strength=1.0, inner_rate=0.1",
   "qffl": "q=1.0, rate=0.1",
@@ -156,3 +158,21 @@ def test_an_attack_is_built_by_its_name(tiny, table):
   parts = built(tiny, f"attack={{method={table}, fraction=0.25}}")
   assert parts.data.traits["attacker"].sum() == round(0.25 * len(parts.data))
   assert "attacker" in parts.algorithm.work.traits
+
+
+def test_feddpa_may_mix_its_adapters_by_example(tiny):
+  overrides = [f"model.peft=[{PEFT['feddpa']}]"]
+  plain = built(tiny, *overrides, 'algorithm={name="feddpa", weight=0.5}')
+  table = 'algorithm={name="feddpa", weight=0.5, by_example=0.25}'
+  run = config.load(tiny, [*overrides, table])
+  model = compose.model_of(run, plain.model, plain.data.examples)
+  how = plain.algorithm.work.local
+  made = compose.algorithm_of(run, plain.data, model, how, optax.sgd(1.0))
+  more = made.work.placement.items() - plain.algorithm.work.placement.items()
+  assert more == {("feddpa/center", "device")}
+  assert compose.model_of(
+    config.load(tiny, overrides), plain.model, plain.data.examples
+  ) is plain.model  # fmt: skip
+  wrong = config.load(tiny, [*overrides, table.replace("0.25", "2.0")])
+  with pytest.raises(ValueError, match=r"by_example: most must be in \[0, 1\]"):
+    compose.model_of(wrong, plain.model, plain.data.examples)

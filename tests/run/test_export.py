@@ -166,7 +166,7 @@ def begun(root, tiny_text, *peft):
   tree["model"]["peft"] = list(peft)
   run = config.parse(tree)
   parts = build.build(run)
-  most = parts.cohort.most(parts.data)
+  most = parts.cohort.most
   state = parts.algorithm.init(clients=len(parts.data), cohort=most)
   saves = checkpoint.Checkpoints(root / "checkpoints")
   saves.save(1, state._replace(clients=()), state.clients)

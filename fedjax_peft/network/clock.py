@@ -1,0 +1,167 @@
+"""Clocks: when a round ends, and whose reports are in it.
+
+Two kinds. In a closed round everybody asked starts together, and what comes
+too late is lost: synchronous rounds, deadlines, over-selection. In an open one
+a number of clients is always at work, and the model moves on when enough have
+reported (a buffer, FedBuff; of one, FedAsync) or when time is up
+(semi-synchronous); late reports count, by how stale they are.
+
+| clock | the model moves when | source |
+| --- | --- | --- |
+| `synchronous` | all have reported | McMahan et al., arXiv 1602.05629 |
+| `deadline` | enough have, or time is up | Bonawitz et al., arXiv 1902.01046 |
+| `buffered` | so many have | Nguyen et al., FedBuff, arXiv 2106.06639 |
+| `asynchronous` | one has | Xie et al., FedAsync, arXiv 1903.03934 |
+| `periodic` | time is up | semi-synchronous |
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjax_peft import validate
+
+
+class Clock(NamedTuple):
+  """When rounds end.
+
+  Attributes:
+    name: for records and messages.
+    over: in a closed round, the share of clients asked above those wanted.
+    seconds: at the latest, from its start.
+    concurrency: clients at work at all times; 0 for closed rounds.
+    buffer: reports that end an open round; 0 = only time does.
+  """
+
+  name: str
+  over: float = 0.0
+  seconds: float = math.inf
+  concurrency: int = 0
+  buffer: int = 0
+
+  @property
+  def is_open(self) -> bool:
+    """Whether clients go on working while the model moves."""
+    return self.concurrency > 0
+
+  def asked(self, wanted: int) -> int:
+    """How many are asked for a closed round that wants so many."""
+    return math.ceil(wanted * (1 + self.over) - 1e-9)
+
+  def most(self, wanted: int) -> int:
+    """The most reports of a round."""
+    if not self.is_open:
+      return wanted if self.over else self.asked(wanted)
+    return self.buffer or self.concurrency
+
+
+def synchronous(timeout: float = math.inf) -> Clock:
+  """A round waits for all that it asked.
+
+  Args:
+    timeout: seconds after which it waits no longer, > 0.
+  """
+  _positive(timeout=timeout)
+  return Clock("synchronous", seconds=timeout)
+
+
+def deadline(seconds: float = math.inf, *, over: float = 0.3) -> Clock:
+  """More are asked than wanted; the round ends when enough are there.
+
+  Args:
+    seconds: it ends at the latest, > 0.
+    over: share that is asked above those wanted, >= 0.
+  """
+  _positive(seconds=seconds)
+  if not 0 <= over < math.inf:
+    raise ValueError(
+      f"over must be at least 0, got {over=}; 0.3 asks 30 % more"
+    )
+  return Clock(f"deadline({seconds:g}, {over:g})", over=over, seconds=seconds)
+
+
+def buffered(*, concurrency: int, buffer: int) -> Clock:
+  """The model moves whenever so many reports have come (FedBuff).
+
+  Args:
+    concurrency: clients at work at all times.
+    buffer: reports of a round, at most as many.
+  """
+  validate.at_least(1, concurrency=concurrency, buffer=buffer)
+  if buffer > concurrency:
+    raise ValueError(
+      f"a buffer cannot hold more than who is at work: got {buffer=} "
+      f"{concurrency=}; use buffer={concurrency} or less"
+    )
+  name = f"buffered({concurrency}, {buffer})"
+  return Clock(name, concurrency=concurrency, buffer=buffer)
+
+
+def asynchronous(*, concurrency: int) -> Clock:
+  """The model moves with every report (FedAsync)."""
+  return buffered(concurrency=concurrency, buffer=1)._replace(
+    name=f"asynchronous({concurrency})"
+  )
+
+
+def periodic(*, concurrency: int, seconds: float) -> Clock:
+  """The model moves every so many seconds, with what has come since.
+
+  Args:
+    concurrency: clients at work at all times.
+    seconds: of a round, > 0.
+  """
+  validate.at_least(1, concurrency=concurrency)
+  validate.positive(seconds=seconds)
+  name = f"periodic({concurrency}, {seconds:g})"
+  return Clock(name, concurrency=concurrency, seconds=seconds)
+
+
+CLOCKS: dict[str, Callable[..., Clock]] = {
+  "asynchronous": asynchronous,
+  "buffered": buffered,
+  "deadline": deadline,
+  "periodic": periodic,
+  "synchronous": synchronous,
+}
+
+
+def close(
+  clock: Clock, seconds: np.ndarray, arrived: np.ndarray, wanted: int
+) -> tuple[np.ndarray, float]:
+  """Ends a closed round.
+
+  Args:
+    clock: of closed rounds.
+    seconds: float64 [C], from its start until each has reported or was lost.
+    arrived: bool [C], whether the report comes at all.
+    wanted: how many reports are enough.
+
+  Returns:
+    (bool [C], whose reports are used; seconds of the round). Of reports that
+    come at the same time, the earlier places are used.
+  """
+  in_time = arrived & (seconds <= clock.seconds)
+  order = np.lexsort((np.arange(seconds.size), seconds))
+  order = order[in_time[order]]
+  used = np.zeros(seconds.size, bool)
+  if clock.over:
+    order = order[:wanted]
+  used[order] = True
+  if clock.over and order.size == wanted:
+    return used, float(seconds[order[-1]])  # enough are there
+  finite = seconds[np.isfinite(seconds)]
+  last = float(finite.max(initial=0.0))
+  # Whose link is dead is waited for until the time is up, if it ever is.
+  if math.isfinite(clock.seconds) and not np.isfinite(seconds).all():
+    last = clock.seconds
+  return used, min(last, clock.seconds)
+
+
+def _positive(**values: float) -> None:
+  """Raises ValueError unless every value is above zero; inf is allowed."""
+  for name, value in values.items():
+    if not value > 0:
+      raise ValueError(f"{name} must be above 0 seconds, got {name}={value}")

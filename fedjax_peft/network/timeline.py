@@ -1,0 +1,118 @@
+"""Timelines: a world and a clock make a plan of rounds.
+
+Closed rounds begin together; in open ones clients are at work while the
+model moves. What is planned depends on the seed and on what clients told, not
+on lanes, devices or how the run was interrupted.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedjax_peft import plan as plan_lib
+from fedjax_peft.network import clock as clock_lib
+from fedjax_peft.network import flight, ledger
+from fedjax_peft.network import world as world_lib
+
+
+def plan(
+  world: world_lib.World,
+  clock: clock_lib.Clock,
+  wanted: int,
+  *,
+  hears: frozenset[str] = frozenset(),
+) -> plan_lib.Plan:
+  """Who takes part in every round, when, and what it costs.
+
+  Args:
+    world: where clients are and what happens to them.
+    clock: when rounds end.
+    wanted: clients of a closed round; open ones go by their concurrency.
+    hears: notes that the world's functions read, beside those that its
+      selection reads.
+
+  Returns:
+    The plan. Its record has `round/seconds`, `spent/joules` and so on, its
+    table a row for each client that spent anything.
+
+  Raises:
+    ValueError: if fewer clients than that could ever take part.
+  """
+  able = int((world.seen & world.fits).sum())
+  most = clock.concurrency or clock.asked(wanted)
+  if able < most:
+    unfit = np.flatnonzero(world.seen & ~world.fits)
+    raise ValueError(
+      f"{most} clients are to work at a time, but {able} can: of "
+      f"{int(world.seen.sum())}, {unfit.size} have too little memory (such as "
+      f"clients {unfit[:3].tolist()}: {int(world.needs.max()):,} bytes are "
+      "needed); choose a smaller cohort, a smaller model or other devices"
+    )
+  hears = hears | ({"loss"} & world.select.reads)
+  if clock.is_open:
+    turn, pool = flight.turns(world, clock), clock.concurrency + 1
+    init = flight.start(world, clock)
+  else:
+    turn, pool = _closed(world, clock, wanted), 0
+    init = world_lib.start(world)
+  return plan_lib.Plan(
+    name=f"{clock.name}, {world.select.name}, {world.fault.name}",
+    init=lambda: {k: np.array(v) for k, v in init.items()},
+    turn=turn,
+    most=_most(world, clock, wanted),
+    hears=hears,
+    pool=pool,
+  )
+
+
+def _most(world, clock, wanted):
+  """The most reports of a round."""
+  if clock.is_open:
+    return clock.most(wanted)
+  asked = clock.asked(wanted)
+  most = world.select.most(int(world.seen.sum()), asked)
+  return min(most, wanted) if clock.over else most
+
+
+def _closed(world, clock, wanted):
+  """Rounds that begin together."""
+
+  def turn(memory: dict, number: int, told: Mapping[str, Any]):
+    memory = world_lib.moved(world, world_lib.heard(memory, told), number)
+    waited, some = world_lib.waiting(world, memory, number, told)
+    asked = clock.asked(wanted)
+    ids = np.asarray(
+      world.select.choose(
+        world_lib.rng(world.seed, number), some, asked, number
+      )
+    )
+    later = memory | {"now": np.asarray(memory["now"] + waited)}
+    what = world_lib.happen(world, later, ids, number)
+    used, seconds = clock_lib.close(
+      clock, what.happened.seconds, what.happened.arrived, wanted
+    )
+    costs = ledger.charge(
+      ids,
+      what.load,
+      what.planned,
+      what.happened,
+      world.fleet.take(ids),
+      world.prices,
+      used=used,
+      began=float(later["now"]),
+    )
+    memory, record = world_lib.settle(
+      world, memory, costs, number, seconds + waited
+    )
+    chosen = ids[used].astype(np.int32)
+    return plan_lib.Turn(
+      clients=chosen,
+      nodes=memory["nodes"][chosen] if "nodes" in memory else None,
+      steps=None if what.steps is None else what.steps[used],
+      traits=world.fault.traits(chosen, number, world.seed),
+      record=record,
+      table=costs.table(),
+    ), memory
+
+  return turn
