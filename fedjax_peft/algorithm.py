@@ -17,6 +17,7 @@ from fedjax_peft import (
   executor,
   hierarchy,
   ingredients,
+  link,
   placement,
   rounds,
   validate,
@@ -98,6 +99,7 @@ def federated(
   *,
   notes: Sequence[ingredients.Note] = (),
   pool: int = 0,
+  updates: int = 1,
 ) -> Algorithm:
   """Clients work, tiers reduce what they send, the model goes down.
 
@@ -107,6 +109,9 @@ def federated(
     notes: what clients tell of themselves beside their message.
     pool: how many earlier models are kept, for clients that report after the
       model has moved on.
+    updates: how often the model moves in a round, at most: reports are then
+      applied in groups, one after another, though their clients work side by
+      side. For one tier of one node, and a pool.
 
   Returns:
     The algorithm.
@@ -117,6 +122,13 @@ def federated(
   """
   tiers = tuple(tiers)
   _check(job, tiers)
+  simple = len(tiers) == 1 and not link.parts_of(tiers[0].down)
+  if updates > 1 and not (simple and pool):
+    raise ValueError(
+      "several updates in a round need one receiver, a pool of earlier models "
+      f"and a downlink that sends the model as it is: got {updates=} {pool=} "
+      f"and tiers {[t.name for t in tiers]}; use updates=1"
+    )
   names = [t.name for t in tiers]
 
   def labelled(*labels):
@@ -134,6 +146,7 @@ def federated(
     tuple(sorted(labelled(placement.SERVED))),
     tuple(notes),
     pool,
+    updates,
   )
 
   def bind(fun):
@@ -170,6 +183,7 @@ def extended(
   tiers: Sequence[hierarchy.Tier] | None = None,
   notes: Sequence[ingredients.Note] = (),
   pool: int = 0,
+  updates: int = 1,
 ) -> Algorithm:
   """The same algorithm with other parts, notes or a pool of earlier models.
 
@@ -179,6 +193,7 @@ def extended(
     tiers: in place of its tiers.
     notes: see `federated`.
     pool: see `federated`.
+    updates: see `federated`.
 
   Raises:
     ValueError: if earlier models are wanted of an algorithm whose receivers
@@ -193,7 +208,11 @@ def extended(
       "ffa, fedsa, flexlora) or synchronous rounds"
     )
   fresh = federated(
-    job, made.tiers if tiers is None else tiers, notes=notes, pool=pool
+    job,
+    made.tiers if tiers is None else tiers,
+    notes=notes,
+    pool=pool,
+    updates=updates,
   )
   for wrap in made.wraps:
     fresh = wrapped(fresh, wrap)

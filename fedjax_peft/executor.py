@@ -38,8 +38,10 @@ class Cohort(NamedTuple):
     traits: {name: [D, C]}, read-only facts about the clients.
     version: int32 [D, C], from which model each starts: 0 is that of now,
       1 + p that in place p of the pool. None: all from that of now.
-    keep: int32 scalar, place of the pool that the model of now is put into;
-      past its end for none.
+    keep: int32 [U], place of the pool that the model before each of a round's
+      updates is put into; past its end for none.
+    update: int32 [D, C], which of the round's updates each report is part of;
+      None: there is one.
   """
 
   clients: Array
@@ -51,6 +53,7 @@ class Cohort(NamedTuple):
   traits: Mapping[str, Any] = {}
   version: Array | None = None
   keep: Any = None
+  update: Array | None = None
 
   def static(self) -> "Cohort":
     """The same cohort with loops of fixed length, to differentiate through.
@@ -108,6 +111,8 @@ class Group(NamedTuple):
     traits: {name: [C]}.
     source: int32 [C], which of the models that are sent each starts from;
       None if there is one.
+    update: int32 [C], which of the round's updates each report is part of;
+      None if there is one.
   """
 
   clients: Array
@@ -116,6 +121,7 @@ class Group(NamedTuple):
   local: PyTree
   traits: Mapping[str, Any] = {}
   source: Array | None = None
+  update: Array | None = None
 
   def client(self, key: jax.Array, place: jax.Array) -> work.Client:
     """Who is at a place; `key` is that of the round."""

@@ -198,7 +198,14 @@ def tell(at: Boundary, node: Node, key: jax.Array) -> tuple[dict, Node]:
 
 
 def hear(
-  at: Boundary, node: Node, acc: PyTree, weight, roster, key, drift=None
+  at: Boundary,
+  node: Node,
+  acc: PyTree,
+  weight,
+  roster,
+  key,
+  drift=None,
+  first=0,
 ) -> tuple[Node, dict[str, jax.Array]]:
   """Applies what every node has heard.
 
@@ -213,6 +220,7 @@ def hear(
     key: random key of the round and the boundary.
     drift: how far the model has moved since the senders started, to be added
       to what they report; None adds nothing.
+    first: what the roster calls the first of these receivers.
 
   Returns:
     (nodes, {name: mean over the nodes that heard anyone}).
@@ -246,7 +254,7 @@ def hear(
     node.opt,
     node.shared,
     weight,
-    jnp.arange(at.tier.size, dtype=jnp.int32),
+    jnp.arange(at.tier.size, dtype=jnp.int32) + first,
   )
   heard = weight > 0
   nodes = jnp.maximum(jnp.sum(heard), 1).astype(jnp.float32)
@@ -312,7 +320,7 @@ def gather(at: Boundary, acc, wires, weights, nodes, shared, roster):
     acc: accumulators, axis E leads.
     wires: axis W leads.
     weights: int32 [W], 0 = absent.
-    nodes: int32 [W], who hears each.
+    nodes: int32 [W], which accumulator each is for.
     shared: state of the receiving end of one node. An 'each' link decodes by
       what is in the wire, so that nodes do not differ.
     roster: who takes part.
@@ -327,10 +335,11 @@ def gather(at: Boundary, acc, wires, weights, nodes, shared, roster):
     new = at.uplink.fold(acc, wires, here, shared, roster, roster.key)
     return new, total
 
-  if at.tier.size == 1:  # without a batch axis, kernels run in place
+  size = jax.tree.leaves(acc)[0].shape[0]
+  if size == 1:  # without a batch axis, kernels run in place
     only = one(jax.tree.map(lambda x: x[0], acc), jnp.int32(0))
     return jax.tree.map(lambda x: x[None], only)
-  return jax.vmap(one)(acc, jnp.arange(at.tier.size, dtype=jnp.int32))
+  return jax.vmap(one)(acc, jnp.arange(size, dtype=jnp.int32))
 
 
 def sync(

@@ -22,6 +22,7 @@ class Setup(NamedTuple):
     served: names of the leaves that the receivers alone change.
     notes: what clients tell of themselves beside their message.
     pool: P, how many earlier models are kept for clients that report late.
+    updates: U, how often the model moves in a round, at most.
   """
 
   job: work.Work
@@ -31,6 +32,7 @@ class Setup(NamedTuple):
   served: tuple[str, ...] = ()
   notes: tuple["Note", ...] = ()
   pool: int = 0
+  updates: int = 1
 
 
 class Note(NamedTuple):

@@ -33,6 +33,7 @@ def seat(
   examples: dict,
   traits: Mapping[str, np.ndarray] = types.MappingProxyType({}),
   nodes: int = 1,
+  updates: int = 1,
   seed: int = 0,
   round: int = 0,
 ) -> executor.Cohort:
@@ -46,6 +47,7 @@ def seat(
     examples: what the rows point into.
     traits: {name: [N]}, facts about all clients.
     nodes: size of the lowest tier.
+    updates: how often the model moves in a round, at most.
     seed: of the run.
     round: of the run.
   """
@@ -93,6 +95,12 @@ def seat(
   version = np.zeros_like(clients)
   if turn.version is not None:
     version = seated(turn.version).astype(np.int32)
+  update = np.zeros_like(clients)
+  if turn.update is not None:
+    update = seated(turn.update)
+  keep = np.full(updates, np.iinfo(np.int32).max, np.int32)
+  for u, kept in enumerate(turn.keep):
+    keep[u] = kept if kept >= 0 else keep[u]
   facts = {k: v[np.maximum(clients, 0)] for k, v in traits.items()}
   facts |= {k: seated(v) for k, v in turn.traits.items()}
   used = (layout.slots >= 0).any(axis=(0, 2))  # a segment ends as clients do
@@ -106,7 +114,8 @@ def seat(
     examples=examples,
     traits=facts,
     version=version,
-    keep=np.int32(turn.keep if turn.keep >= 0 else 2**31 - 1),
+    keep=keep,
+    update=update.astype(np.int32),
   )
 
 

@@ -24,7 +24,10 @@ class Turn(NamedTuple):
       modulo the number of nodes.
     version: int32 [C], the model each starts from, see `executor.Cohort`;
       None: all from that of now.
-    keep: place of the pool that the model of now is put into, -1 for none.
+    keep: places of the pool that the model before each of the round's updates
+      is put into, -1 for none.
+    update: int32 [C], which of the round's updates each report is part of; None
+      is the first.
     steps: int [C], local steps of each; None is what the local work says.
     traits: {name: [C]}, facts about them that hold in this round.
     record: {name: number}, for the round's record.
@@ -34,7 +37,8 @@ class Turn(NamedTuple):
   clients: np.ndarray
   nodes: np.ndarray | None = None
   version: np.ndarray | None = None
-  keep: int = -1
+  keep: tuple[int, ...] = ()
+  update: np.ndarray | None = None
   steps: np.ndarray | None = None
   traits: Mapping[str, np.ndarray] = {}
   record: Mapping[str, float] = {}
@@ -55,6 +59,7 @@ class Plan(NamedTuple):
     most: the most clients of a turn.
     hears: names of the notes that it reads.
     pool: earlier models that have to be kept.
+    updates: how often the model moves in a round, at most.
     waits: whether a turn depends on the state after the round before, beside
       the notes. Otherwise, and where it reads no notes, it is planned while
       the devices work on that round.
@@ -66,6 +71,7 @@ class Plan(NamedTuple):
   most: int
   hears: frozenset[str] = frozenset()
   pool: int = 0
+  updates: int = 1
   waits: bool = False
 
 
@@ -149,4 +155,5 @@ def prepared(
     algorithm,
     notes=[notes.NOTES[name] for name in sorted(plan.hears)],
     pool=plan.pool,
+    updates=plan.updates,
   )

@@ -171,7 +171,7 @@ def begin(
   }
   alone, same = at.tier.size == 1, at.tier.size == 1 and not setup.pool
   if setup.pool:
-    pool = earlier.kept(state.pool, received, cohort.keep)
+    pool = earlier.kept(state.pool, received, cohort.keep[0])
     state, received = state._replace(pool=pool), earlier.models(received, pool)
   elif alone:
     received = jax.tree.map(lambda x: x[0], received)
@@ -184,6 +184,10 @@ def begin(
     _boundary_key(key, 0),
     None if alone else cohort.nodes.reshape(-1),
   )
+  update = None
+  if setup.updates > 1:  # whose reports belong together talk to one receiver
+    update = cohort.update
+    roster = roster._replace(nodes=update.reshape(-1))
   common = executor.Common(sent, base, cohort.examples, key, roster)
   rows = jnp.maximum(cohort.clients, 0)
   local, mine = jax.tree.map(lambda x: x[rows], tuple(state.clients)[:2])
@@ -192,7 +196,7 @@ def begin(
   if setup.pool:
     source = cohort.version * at.tier.size + cohort.nodes
   group = executor.Group(
-    cohort.clients, cohort.weights, nodes, local, cohort.traits, source
+    cohort.clients, cohort.weights, nodes, local, cohort.traits, source, update
   )
   one = functools.partial(_launch, setup, common, node, shape, width)
   return state, common, jax.vmap(one)(group, mine)
@@ -212,8 +216,8 @@ def _launch(setup, common, node, shape, width, group, mine):
     group=group,
     lanes=lanes,
     buffer=buffer,
-    sums=hierarchy.repeat(zero, at.tier.size),
-    weight=jnp.zeros((at.tier.size,), jnp.int32),
+    sums=hierarchy.repeat(zero, setup.updates * at.tier.size),
+    weight=jnp.zeros((setup.updates * at.tier.size,), jnp.int32),
     mine=mine,
     stats=jax.tree.map(
       lambda x: jnp.zeros((places, *x.shape[1:])), buffer.stats
@@ -268,7 +272,8 @@ def absorb(setup, common, shared, flight, slots):
     clients = jax.vmap(group.client, (None, 0))(common.key, place)
     wires, mine, stats = jax.vmap(send)(message, mine, clients, weight, node)
     chex.assert_tree_shape_prefix((wires, stats), place.shape)
-    sums, heard = hierarchy.gather(at, sums, wires, weight, node, first, roster)
+    box = node if group.update is None else group.update[place]
+    sums, heard = hierarchy.gather(at, sums, wires, weight, box, first, roster)
     return sums, (heard, arrived, mine, stats)
 
   place = jnp.maximum(slots, 0)
@@ -317,15 +322,14 @@ def finish(setup, state, common, flight, cohort, *, whole=executor.as_it_is):
   weight = jnp.sum(flight.weight, axis=0, dtype=jnp.int32)
   roster = common.roster._replace(arrived=flight.arrived.reshape(-1))
   hear = whole(functools.partial(hierarchy.hear, setup.boundaries[0]))
-  drift = None
-  if setup.pool and setup.boundaries[0].tier.mix is not None:
-    drift = earlier.drift(
-      setup.boundaries[0].tier.mix,
-      common.sent.params,
-      flight.group,
-      flight.arrived,
+  if setup.updates > 1:
+    nodes[0], pool, seen = earlier.in_turn(
+      setup, hear, state, common, flight, cohort.keep, sums, weight, roster
     )
-  nodes[0], seen = hear(nodes[0], sums, weight, roster, roster.key, drift)
+    state = state._replace(pool=pool)
+  else:
+    drift = earlier.since(setup, nodes[0], common, flight, flight.arrived)
+    nodes[0], seen = hear(nodes[0], sums, weight, roster, roster.key, drift)
   record, span = {}, 1
   record |= {f"{setup.boundaries[0].tier.name}/{k}": v for k, v in seen.items()}
   for i, at in enumerate(setup.boundaries[1:], start=1):

@@ -133,6 +133,7 @@ def run(
         examples=examples,
         traits=data.traits,
         nodes=receivers,
+        updates=cohort.updates,
         seed=seed,
         round=number,
       ),

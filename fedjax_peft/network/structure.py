@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import scipy.cluster.hierarchy
 
 from fedjax_peft import validate
 from fedjax_peft.network import clustering, draw
@@ -108,8 +109,9 @@ def _scan(x, most, least, linkage) -> dict[int, _Cut]:
   far = clustering.distances(x, "euclidean")
   steps = clustering.merges(far, linkage)
   # Twice as many, since some pieces are too small to be clusters.
-  for pieces in range(2, min(2 * most, len(x) - 1) + 1):
-    labels = _joined(far, clustering.cut(steps, pieces), least)
+  pieces = range(2, min(2 * most, len(x) - 1) + 1)
+  for labels in scipy.cluster.hierarchy.cut_tree(steps, pieces).T:
+    labels = _joined(far, labels, least)
     number = int(labels.max()) + 1
     if 2 <= number <= most:
       cut = _Cut(silhouette(far, labels), labels)

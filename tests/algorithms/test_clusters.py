@@ -319,7 +319,7 @@ def found_in_updates(kinds):
   job = fp.train(line(), HOW)
   updates, _ = fp.for_each_client(job, data, params=line().params, base={})
   sketch = clustering.sketch(updates, size=64)
-  return structure.choose(sketch, most=5).labels
+  return structure.choose(sketch, most=5, metric="cosine").labels
 
 
 @pytest.mark.parametrize("kinds", [2, 3])

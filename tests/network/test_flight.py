@@ -18,6 +18,7 @@ from fedjax_peft.network import (
   profile,
   radio,
   timeline,
+  together,
   world,
 )
 
@@ -69,8 +70,8 @@ def test_the_pool_holds_the_model_that_each_client_started_from(clock):
   pool = np.full(made.pool, -1)
   stale = set()
   for number, turn in enumerate(turns(made, 60)):
-    if turn.keep >= 0:
-      pool[turn.keep] = number
+    if turn.keep[0] >= 0:
+      pool[turn.keep[0]] = number
     versions = np.concatenate([[number], pool])[turn.version]
     wanted = number - turn.traits["staleness"]
     np.testing.assert_array_equal(versions, wanted)
@@ -213,3 +214,41 @@ def test_what_clients_tell_is_remembered_and_counted():
   assert mean == pytest.approx(record["train/loss"], rel=1e-5)
   plainly = plain.bytes(4)["cloud/up_bytes"]
   assert record["up_bytes_client"] == plainly + 4 + 8 * 4
+
+
+@pytest.mark.parametrize("name", ["fedasync", "fedbuff"])
+def test_updates_in_one_round_are_those_of_one_round_each(name):
+  data = toy.people()
+  whole = fp.local(optax.sgd(0.1), batch=16)  # no order, so no round in it
+  clock = clock_lib.asynchronous(concurrency=6)
+  single = timeline.plan(place(len(data), spread=1.5), clock, 1)
+  few = together.together(single, 4)
+  algorithm = getattr(fp.algorithms, name)(toy.net(), whole)
+  wide, _ = history(algorithm, few, 5, data)
+  counts = [t.record["clock/updates"] for t in turns(few, 5)]
+  assert max(counts) > 1
+  narrow, (_, last) = history(algorithm, single, sum(counts), data)
+  for models, number in zip(wide, np.cumsum(counts), strict=True):
+    for k in models:
+      np.testing.assert_allclose(models[k], narrow[number - 1][k], atol=2e-6)
+  joined = turns(few, 5)[-1].record
+  assert joined["spent/joules"] == pytest.approx(last["spent/joules"])
+  assert joined["spent/seconds"] == pytest.approx(last["spent/seconds"])
+
+
+def test_masks_cancel_in_each_of_the_updates_of_a_round():
+  data = toy.people()
+  whole = fp.local(optax.sgd(0.1), batch=16)
+  clock = clock_lib.buffered(concurrency=9, buffer=2)
+  few = together.together(
+    timeline.plan(place(len(data), spread=0.5), clock, 2), 3
+  )
+  bits = (fp.clip(10.0), fp.weigh(max_weight=16), fp.fixed_point(bits=32))
+  plain = fp.algorithms.fedbuff(toy.net(), whole, uplink=fp.chain(*bits))
+  masked = fp.algorithms.fedbuff(
+    toy.net(), whole, uplink=fp.chain(*bits, fp.mask())
+  )
+  one, _ = history(plain, few, 3, data)
+  two, _ = history(masked, few, 3, data)
+  for k in one[-1]:
+    np.testing.assert_array_equal(one[-1][k], two[-1][k])
