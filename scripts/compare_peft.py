@@ -43,6 +43,14 @@ METHODS = {
   "bitfit": ([{"method": "bitfit"}, HEAD], 0.003, {}),
   "head": ([HEAD], 0.1, {}),
   "full": ([], 0.0003, {}),
+  "vera": ([{"method": "vera", "rank": 64, "where": QV}, HEAD], 0.03, {}),
+  "core": ([{"method": "core", "rank": 16, "where": QV}, HEAD], 0.03, {}),
+  "ravan": ([{"method": "ravan", "rank": 8, "where": QV}, HEAD], 0.01, {}),
+  "prompt": ([{"method": "prompt", "length": 8}, HEAD], 0.1, {}),
+  "deep_prompt": ([{"method": "deep_prompt", "length": 8}, HEAD], 0.1, {}),
+  "norms": ([{"method": "norms"}, HEAD], 0.01, {}),
+  "last": ([{"method": "last", "layers": 1}, HEAD], 0.001, {}),
+  "sparse": ([{"method": "sparse", "density": 0.01}, HEAD], 0.001, {}),
   "lora, alone": (
     [{"method": "lora", "rank": 8, "where": QV}, HEAD],
     None,
@@ -54,6 +62,12 @@ METHODS = {
     {"name": "centralized"},
   ),
 }
+# What is compared unless --only says otherwise: one of each family, and what
+# they are compared with, in less than ten minutes.
+FEW = (
+  *("lora", "ia3", "bottleneck", "prefix", "bitfit", "head", "full"),
+  *("lora, alone", "lora, centralized"),
+)
 REAL = {"name": "minilm"}
 TINY = {"name": "encoder", "options": {"vocab": 30522, "width": 32, "heads": 2}}
 
@@ -142,14 +156,20 @@ def main():
   add("--tokens", type=int, default=64, help="of a paragraph (%(default)s)")
   add("--test-clients", type=int, default=100, help="tested (%(default)s)")
   add("--rate", type=float, help="the server's, in place of each method's own")
-  add("--only", nargs="+", choices=list(METHODS), help="these methods only")
+  add(
+    "--only",
+    nargs="+",
+    choices=["all", *METHODS],
+    default=FEW,
+    help="these methods, or all (one of each family)",
+  )
   options = parser.parse_args()
   result: dict[str, list] = {}
   print(
     f"{'':18}{'accuracy':>14}{'worst 10 %':>11}{'trained':>12}"
     f"{'up, kB':>9}{'down, kB':>10}{'GFLOP':>8}{'MiB':>7}{'s':>7}"
   )
-  for name in options.only or METHODS:
+  for name in METHODS if "all" in options.only else options.only:
     runs = [
       run_one(config_of(name, options, seed), options)
       for seed in range(options.seeds)

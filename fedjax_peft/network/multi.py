@@ -1,0 +1,107 @@
+"""Multi-access: clients with several radios at once.
+
+A message is split such that all parts arrive together, which makes one link of
+the sum of the rates; or it takes the link that is best in the round, or, with a
+margin, the one that was best on average until that degrades.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedjax_peft import validate
+from fedjax_peft.data import hashing
+from fedjax_peft.network import access
+from fedjax_peft.network import radio as radio_lib
+
+USES = ("split", "switch")
+
+
+class Multi(NamedTuple):
+  """Several radios of a client; see `multi`."""
+
+  radios: tuple[radio_lib.Radio, ...]
+  use: str
+  margin: float
+
+
+def multi(
+  radios: Sequence[radio_lib.Radio],
+  *,
+  use: Literal["split", "switch"] = "split",
+  margin: float = 0.25,
+) -> Multi:
+  """Several radios of a client.
+
+  Args:
+    radios: at least one; each has draws of its own.
+    use: "split" sends a part over each, such that all finish at the same time;
+      "switch" sends all over one: the usually fastest, unless another is
+      better in this round by the margin.
+    margin: by how much of its rate the usual link must be beaten.
+
+  Raises:
+    ValueError: if there is no radio, or an option is out of range.
+  """
+  validate.one_of(USES, use=use)
+  if not radios:
+    raise ValueError("multi-access needs at least one radio: got none")
+  if not 0 <= margin < np.inf:
+    raise ValueError(f"margin must be at least 0, got {margin=}")
+  return Multi(tuple(radios), use, margin)
+
+
+def signal(
+  how: Multi,
+  distance: npt.ArrayLike,
+  ids: npt.ArrayLike,
+  number: int,
+  seed: int,
+) -> radio_lib.Signal:
+  """The links of clients, all radios taken together.
+
+  Args:
+    how: radios and their use.
+    distance: float64 [C], metres.
+    ids: integers [C].
+    number: the round.
+    seed: of the run.
+
+  Returns:
+    A Signal. Of a split message every part must arrive; of links that are off
+    nothing is sent.
+  """
+  found = [
+    radio_lib.signal(one, distance, ids, number, _seed(seed, i))
+    for i, one in enumerate(how.radios)
+  ]
+  if len(found) == 1:
+    return found[0]
+  up, down, lost, on = (np.stack(x, -1) for x in zip(*found, strict=True))
+  if how.use == "split":
+    # The equal-finish split of D over rates r takes D / sum(r).
+    return radio_lib.Signal(
+      up.sum(-1), down.sum(-1), (lost & on).any(-1), on.any(-1)
+    )
+  usual = np.stack(
+    [
+      radio_lib.signal(
+        one._replace(fading="none", p_gb=0.0), distance, ids, 0, _seed(seed, i)
+      ).up
+      for i, one in enumerate(how.radios)
+    ],
+    -1,
+  )
+  which = access.switch(usual.argmax(-1), up, margin=how.margin)[..., None]
+
+  def taken(x):
+    return np.take_along_axis(x, which, -1)[..., 0]
+
+  return radio_lib.Signal(taken(up), taken(down), taken(lost), taken(on))
+
+
+def _seed(seed: int, radio: int) -> int:
+  """The seed itself for the first radio, and others for the others."""
+  return seed if not radio else int(hashing.mix(seed, radio) >> np.uint64(33))
