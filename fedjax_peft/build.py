@@ -22,6 +22,7 @@ from fedjax_peft import (
   config,
   data,
   losses,
+  membership,
   models,
   objective,
   peft,
@@ -76,6 +77,7 @@ def build(run: schema.Config) -> Parts:
     )
   rule = compose.rule_of(run)
   model = _model(run, population, residual=rule is not None and rule.residual)
+  model = compose.model_of(run, model, population.examples)
   how = work.local(
     _rates(run),
     batch=run.client.batch,
@@ -103,7 +105,7 @@ def build(run: schema.Config) -> Parts:
     cohort = plan.sampled(sampler, population, run.seed)
   if made.specialize is not None and not cohort.pool:
     made, _ = made.specialize(population)
-  group = scene.group_of(run, population, model, made)
+  group = membership.group_of(run, population, model, made)
   if group is not None:
     cohort = plan.grouped(cohort, group)
   if cohort.hears or cohort.pool:
@@ -118,6 +120,11 @@ def build(run: schema.Config) -> Parts:
 
 def _simulated(run, population, model, made):
   """What a simulated network makes of data and algorithm, and its plan."""
+  if run.algorithm.get("name") == "centralized":
+    raise ValueError(
+      "what is trained in one place crosses no network: got algorithm "
+      "'centralized' with a simulated network; leave 'network' out"
+    )
   if run.cohort.sampler != "uniform":
     raise ValueError(
       f"whom a simulated network asks is said by network.select: got "

@@ -71,6 +71,7 @@ ATTACKS: dict[str, Callable] = {
 # What these algorithms say themselves, so that a config must not.
 _TAKEN: dict[str, tuple[str, ...]] = {
   "centralized": ("placement",),
+  "fedasync": ("server",),
   "flasc": ("uplink", "downlink"),
   "gossip": ("uplink", "downlink", "placement", "server"),
   "local_only": ("placement",),
@@ -165,6 +166,13 @@ def model_of(
     model=model,
     examples=examples,
   )
+
+
+def mixing_of(run: schema.Config, clients: int) -> np.ndarray | None:
+  """Who sends to whom under gossip, [N, N]; None where there is a server."""
+  if run.algorithm.get("name") != "gossip":
+    return None
+  return _mixing(dict(run.algorithm), clients, run.seed)
 
 
 def _mixing(options: dict, clients: int, seed: int) -> np.ndarray:

@@ -25,6 +25,14 @@ _SUMMARY = {
 }
 
 
+# What a simulated network has cost so far.
+_SPENT = {
+  "spent/seconds": ("{} s simulated", "simulated seconds"),
+  "spent/joules": ("{} J", "joules of all clients"),
+  "spent/dollars": ("${}", "dollars"),
+}
+
+
 class Progress:
   """Shows the rounds of a run; use it in a `with` statement."""
 
@@ -83,6 +91,8 @@ def line(record: Record) -> str:
   Example:
     >>> line({"train/loss": 1.834, "up_bytes_client": 41200, "wall/seconds": 3})
     'loss 1.834  client up 41.2 kB  3.0 s'
+    >>> line({"spent/seconds": 12.34, "spent/joules": 5678, "wall/seconds": 1})
+    '12.3 s simulated, 5,678 J  1.0 s'
   """
   texts = {
     "train/loss": "loss {:.3f}",
@@ -95,9 +105,27 @@ def line(record: Record) -> str:
   sizes = [f"{w} {decimal(record[k])}" for w, k in keys.items() if k in record]
   if sizes:
     parts.append(f"client {', '.join(sizes)}")
+  spent = [t.format(short(record[k])) for k, (t, _) in _of(record).items()]
+  if spent:
+    parts.append(", ".join(spent))
   if "wall/seconds" in record:
     parts.append(f"{record['wall/seconds']:.1f} s")
   return "  ".join(parts)
+
+
+def _of(record: Record) -> dict[str, tuple[str, str]]:
+  """The costs of a simulated network that a record has."""
+  return {k: text for k, text in _SPENT.items() if record.get(k)}
+
+
+def short(amount: float) -> str:
+  """Three digits, or all before the point.
+
+  Example:
+    >>> short(0.012345), short(12.345), short(123456.7)
+    ('0.0123', '12.3', '123,457')
+  """
+  return f"{amount:,.0f}" if amount >= 999.5 else f"{amount:.3g}"
 
 
 def decimal(count: float) -> str:
@@ -128,10 +156,17 @@ def summary(records: Sequence[Record]) -> rich.table.Table:
       value
       for record in records
       for key, value in record.items()
-      if key.endswith(f"/{way}_bytes")
+      # What crosses a device's link is counted at the tier that it is for.
+      if key.endswith(f"/{way}_bytes") and not key.startswith("device/")
     )
     if total:
       table.add_row(f"bytes {way}, all clients and rounds", "", decimal(total))
+  last = records[-1]
+  if last.get("spent/bytes"):
+    crossed = decimal(last["spent/bytes"])
+    table.add_row("bytes that crossed, lost ones too", "", crossed)
+  for key, (_, text) in _of(last).items():
+    table.add_row(text, "", short(last[key]))
   seconds = sum(
     value
     for record in records

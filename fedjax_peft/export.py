@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import jax
 
 from fedjax_peft import build, checkpoint, config, experiment, interop, validate
+from fedjax_peft.algorithms import nearness
 from fedjax_peft.data import fetch
 from fedjax_peft.interop import arrays
+from fedjax_peft.rules import ranking
 
 
 class Found(NamedTuple):
@@ -156,6 +158,11 @@ def _of_all(parts, state) -> dict[str, Any]:
 
 def _of_client(parts, saved, place) -> dict[str, Any]:
   """A client's own model: as it is evaluated, cut to its rank."""
+  if nearness.CENTER in parts.model.params:
+    raise ValueError(
+      "adapters that are mixed anew for each example are no one adapter; "
+      "leave algorithm.by_example out of a run that is to be exported"
+    )
   tiers, state = parts.algorithm.tiers, saved.state
   params: dict[str, Any] = {}
   edge = place % tiers[0].size
@@ -168,6 +175,9 @@ def _of_client(parts, saved, place) -> dict[str, Any]:
   params |= {name: x[place] for name, x in saved.clients.local.items()}
   seen = parts.algorithm.work.view(params)
   params = {name: seen[name] for name in parts.model.params}
+  ranks = []
   if "rank" in parts.algorithm.work.traits:
-    params = arrays.cut(params, int(parts.data.traits["rank"][place]))
-  return params
+    ranks.append(int(parts.data.traits["rank"][place]))
+  if ranking.RANK in saved.clients.local:  # what it has not given up
+    ranks.append(int(saved.clients.local[ranking.RANK][place]))
+  return arrays.cut(params, min(ranks)) if ranks else params

@@ -7,6 +7,7 @@ report; then a cluster that splits hands its model on.
 | grouping | clients are together that | source |
 | --- | --- | --- |
 | `fixed` | were put together, by device or otherwise | |
+| `by_adapters` | make the same of the first model | HiLoRA, arXiv 2603.02785 |
 | `by_loss` | like the same model best | IFCA, arXiv 2006.04088 |
 | `by_update` | move the model the same way | CFL, arXiv 1910.01991 |
 """
@@ -30,6 +31,26 @@ def fixed(nodes: npt.ArrayLike) -> plan.Grouping:
   return plan.Grouping("fixed", np.asarray(nodes, np.int32))
 
 
+def by_adapters(
+  clients: int, find: Callable[[], npt.ArrayLike]
+) -> plan.Grouping:
+  """Clients are put together once, before the first round, and then stay.
+
+  What is found is part of what a run remembers, so that it is found once in a
+  run, however often that is stopped.
+
+  Args:
+    clients: N.
+    find: () -> int [N], such as `algorithms.find_nodes` of the model, the
+      local work and the data.
+  """
+
+  def before(state, now, number):
+    return state, np.asarray(find(), np.int32) if number == 0 else now
+
+  return plan.Grouping("by_adapters", np.zeros(clients, np.int32), before)
+
+
 def by_loss(clients: int, choose: Callable) -> plan.Grouping:
   """Every client of a round joins the node whose model it likes best.
 
@@ -50,6 +71,7 @@ def by_update(
   *,
   at: Sequence[int] = (5,),
   clusters: int | None = None,
+  level: float = 0.05,
 ) -> plan.Grouping:
   """Clients are put together by the directions in which they move the model.
 
@@ -65,6 +87,7 @@ def by_update(
     at: rounds before which clusters are split.
     clusters: into how many the first one is split, once; None finds out, and
       splits nothing where there is no structure (`structure.choose`).
+    level: largest p-value at which there is structure.
 
   Raises:
     ValueError: if there are more clusters than nodes.
@@ -81,7 +104,7 @@ def by_update(
       return clustering.agglomerate(clustering.distances(points), clusters=most)
     if room < 1 or len(points) < 4:
       return np.zeros(len(points), np.int32)
-    return structure.choose(points, metric="cosine", most=room + 1).labels
+    return structure.choose(points, most=room + 1, level=level).labels
 
   def before(state, now, number):
     if number not in at or (clusters is not None and now.any()):

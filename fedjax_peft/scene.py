@@ -6,11 +6,9 @@ a config calls them, each checked against the function that it stands for.
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from fedjax_peft import (
@@ -19,29 +17,27 @@ from fedjax_peft import (
   config,
   data,
   factored,
-  grouping,
   objective,
   one_step,
   plan,
-  preference,
   schema,
   settings,
   traffic,
   tree,
+  validate,
   work,
 )
+from fedjax_peft.algorithms import peers
 from fedjax_peft.network import (
   availability,
-  centroid,
   clock,
-  failover,
   fault,
   ledger,
-  positions,
   profile,
   radio,
   scenario,
   selection,
+  station,
   steps,
   timeline,
   world,
@@ -98,33 +94,27 @@ def plan_of(
     ValueError: if a name or an option does not exist, or parts do not fit.
   """
   net, clients = run.network, len(population)
-  select_make, select_rest = compose.named(
-    selection.SELECTIONS,
-    net.select or {"method": "uniform"},
-    "method",
-    "network.select",
-  )
-  select = config.call(select_make, select_rest, "network.select")
-  available_make, available_rest = compose.named(
-    availability.AVAILABILITIES,
-    net.available or {"kind": "always"},
-    "kind",
-    "network.available",
-  )
+  select = select_of(net.select or {"method": "uniform"})
   radio_make, radio_rest = compose.named(
     radio.RADIOS, net.radio or {"kind": "cell"}, "kind", "network.radio"
   )
-  machines = _fleet(run, clients)
+  machines = fleet_of(run, clients)
+  stand = config.call(station.stations, net.stations, "network.stations")
   air = config.call(radio_make, radio_rest, "network.radio")
   when = clock_of(run)
+  mixing = compose.mixing_of(run, clients)
+  if when.is_open and mixing is not None:
+    raise ValueError(
+      "gossip has no server whose model moves on while clients work: got "
+      f"network.clock={net.clock}; use a synchronous or deadline clock"
+    )
   if when.is_open:  # who is at work at one time has a part of the band each
     share = when.concurrency if air.sharing == "equal" else 1
     air = air._replace(
       bandwidth=air.bandwidth / share, sharing="own", broadcast=False
     )
   count, hears = _steps(run)
-  # Clusters are models of one receiver, edges are receivers at other places.
-  clustered = made.tiers[0].name == "cluster"
+  clustered = _is_clustered(run, made)
   places = 1 if clustered else made.tiers[0].size
   notes_bytes = 4 * len(hears | ({"loss"} & select.reads))
   sizes = traffic.sizes(made, run.cohort.size)
@@ -134,23 +124,63 @@ def plan_of(
     seen=population.seen,
     fleet=machines,
     radio=air,
-    distance=_distance(run, clients, places, air.radius),
-    load=_load(made.work, model, population, sizes, notes_bytes),
+    distance=station.distance(stand, clients, places, air.radius, run.seed),
+    load=_load(made.work, model, population, sizes, notes_bytes, mixing),
     needs=_needs(made.work, model, population),
     hops=[] if clustered else _hops(run, made),
-    home=_home(run, places),
+    home=station.home(stand, places),
     fault=fault_of(run, len(population.classes)),
-    available=config.call(available_make, available_rest, "network.available"),
+    available=available_of(run),
     select=select,
-    prices=config.call(ledger.Prices, net.prices, "network.prices"),
+    prices=prices_of(run),
     steps=count,
     recharge=net.recharge,
   )
   return timeline.plan(where, when, run.cohort.size, hears=hears)
 
 
-def _fleet(run: schema.Config, clients: int) -> profile.Fleet:
-  """The clients' machines: from a file, or drawn."""
+def available_of(run: schema.Config) -> availability.Availability:
+  """Who can be reached."""
+  where = "network.available"
+  table = run.network.available or {"kind": "always"}
+  make, rest = compose.named(availability.AVAILABILITIES, table, "kind", where)
+  if make is availability.trace and "path" in rest:
+    return config.call(make, rest, where, path=str(rest.pop("path")))
+  return config.call(make, rest, where)
+
+
+def prices_of(run: schema.Config) -> ledger.Prices:
+  """What traffic and requests cost.
+
+  Raises:
+    ValueError: if a price has no name, or is no amount of money.
+  """
+  where = "network.prices"
+  found = config.call(ledger.Prices, run.network.prices, where)
+  for name, value in found._asdict().items():
+    if not 0 <= value < np.inf:
+      raise ValueError(
+        f"{where}.{name} must be at least 0 dollars, got {value}; leave it out "
+        "where nothing is paid"
+      )
+  return found
+
+
+def _is_clustered(run: schema.Config, made: algorithm.Algorithm) -> bool:
+  """Whether nodes are models of one receiver, not receivers elsewhere.
+
+  The edges of HiLoRA are either: those that clients are grouped by, or near to.
+  """
+  grouped = run.algorithm.get("name") == "hilora" and bool(run.cohort.group)
+  return made.tiers[0].name == "cluster" or grouped
+
+
+def fleet_of(run: schema.Config, clients: int) -> profile.Fleet:
+  """The clients' machines: from a file, or drawn.
+
+  Raises:
+    ValueError: if both are said, or the file has too few rows.
+  """
   net = run.network
   if net.fleet_file and net.fleet:
     raise ValueError(
@@ -169,8 +199,12 @@ def _fleet(run: schema.Config, clients: int) -> profile.Fleet:
   return profile.fleet(mix, clients, run.seed, spread=net.spread)
 
 
-def _load(job, model, population, sizes, more) -> Callable:
-  """What a round asks of clients: FLOPs of their steps, bytes both ways."""
+def _load(job, model, population, sizes, more, mixing) -> Callable:
+  """What a round asks of clients: FLOPs of their steps, bytes both ways.
+
+  Under gossip a client sends to each of its neighbours that take part, and
+  hears from each.
+  """
   step = one_step.flops_of(job, model.base, population.examples)
   usual = factored.steps_of(job.local, population.train.sizes)
 
@@ -182,10 +216,11 @@ def _load(job, model, population, sizes, more) -> Callable:
     }
     traits["client"] = ids
     each = sizes(traits, number)
+    copies = 1 if mixing is None else peers.messages(mixing, ids)
     return ledger.Load(
       np.asarray(count, np.float64) * step,
-      each["up_bytes"] + more,
-      each["down_bytes"],
+      each["up_bytes"] * copies + more,
+      each["down_bytes"] * copies,
     )
 
   return load
@@ -228,7 +263,7 @@ def fitted(
       "network.unfit 'rank' chooses among the ranks that clients may have, but "
       "all have the same: list them, aggregate.ranks={2 = 0.5, 8 = 0.5}"
     )
-  memory = _fleet(run, len(population)).memory
+  memory = fleet_of(run, len(population)).memory
   rank = np.array(population.traits["rank"])
   for smaller in sorted(map(int, run.aggregate.ranks), reverse=True):
     here = population.with_traits(rank=np.minimum(rank, smaller))
@@ -262,164 +297,69 @@ def _hops(run: schema.Config, made: algorithm.Algorithm) -> list[world.Hop]:
   return hops
 
 
-def _distance(run, clients, edges, radius) -> Callable:
-  """Metres from every client to every station, as a function of time."""
-  how = run.network.stations
-  ids = np.arange(clients)
-  spacing = float(how.get("spacing", 1.5 * radius))
-  speed = float(how.get("speed", 0.0))
-  sites = positions.grid(edges, spacing)
-  reach = radius if edges == 1 else radius + np.hypot(*sites.T).max()
+class Counted(NamedTuple):
+  """How many local steps clients take.
 
-  @functools.lru_cache(maxsize=2)
-  def at(seconds):
-    points = positions.waypoint(
-      ids,
-      seconds,
-      run.seed,
-      radius=reach,
-      speed=speed,
-      pause=float(how.get("pause", 0.0)),
-    )
-    return np.maximum(positions.distances(points, sites), 1.0)
-
-  return (lambda seconds: at(seconds)) if speed else (lambda seconds: at(0.0))
-
-
-_STATIONS = ("spacing", "speed", "pause", "hysteresis", "capacity", "outages")
-
-
-def _home(run: schema.Config, edges: int) -> Callable | None:
-  """Which edge hears each client; None where there is one."""
-  how = run.network.stations
-  unknown = sorted(set(how) - set(_STATIONS))
-  if unknown:
-    raise ValueError(
-      f"network.stations has no {unknown[0]!r}; one of {', '.join(_STATIONS)}"
-    )
-  if edges == 1:
-    return None
-  alive = failover.outages(edges, how.get("outages"))
-  capacity = how.get("capacity")
-  hysteresis = float(how.get("hysteresis", 0.0))
-
-  def home(distance, number, before):
-    here = alive(number)
-    if not here.any():
-      raise ValueError(
-        f"network.stations.outages leaves no edge alive in round {number}; "
-        "keep one"
-      )
-    if capacity is not None:
-      found = failover.assign(distance, here, int(capacity))
-    else:
-      found = failover.handover(before, distance, hysteresis, here)
-    if (found < 0).any():
-      raise ValueError(
-        f"{int((found < 0).sum())} clients find no edge with room in round "
-        f"{number}; raise network.stations.capacity"
-      )
-    return found
-
-  return home
-
-
-def _steps(run: schema.Config) -> tuple[Callable | None, frozenset[str]]:
-  """How many local steps clients take, and the notes that this reads."""
-  table = dict(run.network.steps)
-  if not table:
-    return None, frozenset()
-  method = table.pop("method", None)
-  where = "network.steps"
-  if method == "adaptive":
-    first = config.call(_first, table, where)
-
-    def adaptive(ids, number, memory, seconds, links):
-      start, now = memory["loss"]
-      taken = first if start == 0 else steps.adaptive(first, start, now)
-      return np.full(len(ids), taken, np.int64)
-
-    return adaptive, frozenset({"loss"})
-  if method == "within":
-    options = config.call(_within, table, where)
-
-    def within(ids, number, memory, seconds, links):
-      links = np.where(np.isfinite(links), links, math.inf)
-      finite = np.minimum(links, options["deadline"])
-      return steps.within(overhead=finite, seconds=seconds, **options)
-
-    return within, frozenset()
-  raise ValueError(f"{where}.method must be adaptive or within, got {method!r}")
-
-
-def _first(first: int) -> int:
-  """Options of steps.method adaptive."""
-  return first
-
-
-def _within(deadline: float, most: int, least: int = 1) -> dict[str, Any]:
-  """Options of steps.method within."""
-  return {"deadline": deadline, "most": most, "least": least}
-
-
-def group_of(
-  run: schema.Config,
-  population: data.Population,
-  model: objective.Model,
-  made: algorithm.Algorithm,
-) -> plan.Grouping | None:
-  """Which cluster each client belongs to; None where there are none.
-
-  Raises:
-    ValueError: if a config groups clients whom nothing keeps apart, or keeps
-      them apart without saying how they are grouped.
+  Attributes:
+    steps: see `World.steps`; None is what the local work says.
+    hears: notes that this reads.
   """
-  table = dict(run.cohort.group)
-  clusters = made.tiers[0].size
-  is_clustered = made.tiers[0].name == "cluster"
-  if not table and is_clustered:
-    table = {"by": "loss"} if run.algorithm["name"] == "ifca" else {}
-  if bool(table) != is_clustered:
-    raise ValueError(
-      "clusters need an algorithm that has them and a way to find them: got "
-      f"algorithm={run.algorithm} and cohort.group={dict(run.cohort.group)}; "
-      'write algorithm={name="clustered", clusters=3} and '
-      'cohort.group={by="update"}'
-    )
-  if not table:
-    return None
-  where = "cohort.group"
-  count = len(population)
 
-  def loss():
-    here = settings.Settings("shard_map", len(jax.devices()), 1, 1, 16)
-    return grouping.by_loss(
-      count, preference.choose(made, model, population, here, batch=64)
-    )
+  steps: Callable[..., np.ndarray] | None = None
+  hears: frozenset[str] = frozenset()
 
-  def update(at: tuple[int, ...] = (5,), clusters_: int | None = None):
-    return grouping.by_update(count, clusters, at=at, clusters=clusters_)
 
-  def device(seed: int = run.seed):
-    machines = _fleet(run, count)
-    metres = positions.disc(np.arange(count), run.seed, radius=1.0)
-    away = np.hypot(*metres.T)
-    features = np.stack([np.log(machines.flops), away], 1)
-    means = centroid.kmeans(centroid.standardize(features), clusters, seed=seed)
-    return grouping.fixed(means.labels)
+def adaptive(first: int) -> Counted:
+  """The same for all, fewer as the loss falls; see `steps.adaptive`."""
+  validate.at_least(1, first=first)
 
-  def planted():
-    if "group" not in population.traits:
-      raise ValueError("by='planted' needs data.groups; write data.groups=3")
-    return grouping.fixed(population.traits["group"] % clusters)
+  def count(ids, number, memory, seconds, links):
+    start, now = memory["loss"]
+    taken = first if start == 0 else steps.adaptive(first, start, now)
+    return np.full(len(ids), taken, np.int64)
 
-  kinds = {
-    "device": device,
-    "loss": loss,
-    "planted": planted,
-    "update": update,
-  }
-  make, rest = compose.named(kinds, table, "by", where)
-  if "clusters" in rest and make is update:
-    rest["clusters_"] = rest.pop("clusters")
+  return Counted(count, frozenset({"loss"}))
+
+
+def within(deadline: float, most: int, least: int = 1) -> Counted:
+  """As many as fit into a deadline; see `steps.within`."""
+  fits = functools.partial(steps.within, deadline, least=least, most=most)
+  fits(seconds=np.ones(1))  # refuses what is out of range
+
+  def count(ids, number, memory, seconds, links):
+    # Who has no link is late anyway, with any overhead.
+    return fits(seconds=seconds, overhead=np.minimum(links, deadline))
+
+  return Counted(count)
+
+
+STEPS: dict[str, Callable[..., Counted]] = {
+  "adaptive": adaptive,
+  "within": within,
+}
+
+
+def _steps(run: schema.Config) -> Counted:
+  """How many local steps clients take, and the notes that this reads."""
+  if not run.network.steps:
+    return Counted()
+  where = "network.steps"
+  make, rest = compose.named(STEPS, run.network.steps, "method", where)
   return config.call(make, rest, where)
+
+
+def select_of(
+  table: schema.Table, where: str = "network.select"
+) -> selection.Selection:
+  """Whom the server asks; `charged` chooses by another one, named or a table.
+
+  Args:
+    table: {method="charged", then={method="by_loss", power=2.0}}.
+    where: dotted key of the table, for messages.
+  """
+  make, rest = compose.named(selection.SELECTIONS, table, "method", where)
+  if make is not selection.charged:
+    return config.call(make, rest, where)
+  then = rest.pop("then", "uniform")
+  inner = then if isinstance(then, dict) else {"method": then}
+  return config.call(make, rest, where, then=select_of(inner, f"{where}.then"))

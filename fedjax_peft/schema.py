@@ -140,9 +140,10 @@ class Cohort:
   )
   size: Count = _doc("clients a round", 64)
   group: Table = _doc(
-    'which cluster a client belongs to, {by="update", at=[5]}: loss() of the '
-    "clusters' models, update(at, clusters) by the directions of reports, "
-    "device(clusters) by speed and distance, planted() as data.groups says",
+    'which cluster, or edge, a client belongs to, {by="update", at=[5]}: '
+    "loss() of the clusters' models, update(at, clusters) by the directions of "
+    "reports, adapters(compare) by what clients make of the first model, "
+    "device() by speed and distance, planted() as data.groups says",
     {},
   )
 
@@ -153,8 +154,8 @@ class Network:
 
   clock: Table = _doc(
     'when a round ends, {kind="deadline", seconds=60}: synchronous(timeout), '
-    "deadline(seconds, over), buffered(concurrency, buffer), "
-    "asynchronous(concurrency), periodic(concurrency, seconds)",
+    "deadline(seconds, over), buffered(concurrency, buffer, together), "
+    "asynchronous(concurrency, together), periodic(concurrency, seconds)",
     {},
   )
   fleet: Table = _doc(
@@ -178,7 +179,7 @@ class Network:
   backhaul: Table = _doc("the wires between tiers: rate, latency, loss", {})
   available: Table = _doc(
     'who can be reached, {kind="diurnal"}: always(), diurnal(low, high, peak, '
-    "hours, zones, hold), markov(on, off, step), trace(path)",
+    "hours, zones, hold), markov(on, off, step), trace(path, period)",
     {},
   )
   select: Table = _doc(
@@ -324,6 +325,7 @@ class Config:
     "mask(neighbours), int8(block, stochastic), int4(block, stochastic), "
     "quantize(bits, block, stochastic), sign(), rotate(block), "
     "discount(kind, power, start) by staleness, "
+    "air(snr_db, fading, threshold) adds all up in the channel, "
     "top_k(fraction), rand_k(fraction), lowrank(rank); "
     "error_feedback=true sends the next time what a link lost",
     ({"link": "weigh"},),

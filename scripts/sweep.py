@@ -5,8 +5,11 @@ r"""Runs variants of a config side by side, over seeds, and prints a table.
     --variant synchronous 'network.clock={kind="synchronous"}' \
     --target 0.7
 
+  python scripts/sweep.py configs/wireless_hierarchical.toml --scenarios
+
 For each variant: the last accuracy (mean and deviation over seeds), what was
-spent by then, and with --target what it took to get there.
+spent by then, and with --target what it took to get there. --scenarios adds
+what each fault scenario cost in accuracy and, with --target, in time.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import sys
 import jax
 
 from fedjax_peft import budget, build, config, evaluate, runner, summary
+from fedjax_peft.network import scenario
 
 COSTS = ("spent/seconds", "spent/bytes", "spent/joules", "spent/dollars")
 
@@ -89,18 +93,31 @@ def main():
   )
   add("--set", nargs="+", default=[], help="KEY=VALUE for all variants")
   add("--seeds", type=int, default=3, help="runs of each (%(default)s)")
+  add(
+    "--scenarios",
+    action="store_true",
+    help="one variant for each fault scenario, beside the clean run",
+  )
   add("--metric", default="eval/accuracy", help="compared (%(default)s)")
   add("--target", type=float, help="value of the metric to be reached")
   add("--costs", nargs="+", default=COSTS, help="running totals to show")
   add("--json", action="store_true", help="JSON on the last line")
   options = parser.parse_args()
   variants = options.variant or [["as it is"]]
+  if options.scenarios:
+    variants = [
+      [name, f'network.scenario={{name="{name}"}}']
+      for name in scenario.SCENARIOS
+    ]
   found = {}
   columns = [options.metric.split("/")[-1]]
   columns += [c.split("/", 1)[1] for c in options.costs]
   if options.target is not None:
     for cost in options.costs[:2]:
       columns.append(f"{cost.split('/', 1)[1]} to {options.target:g}")
+  if options.scenarios:
+    columns += ["lost", "slower by"]
+  clean = None
   width = max(16, *(len(v[0]) + 2 for v in variants))
   print(f"{'':{width}}" + "".join(f"{c:>20}" for c in columns), flush=True)
   for name, *sets in variants:
@@ -120,6 +137,19 @@ def main():
         ]
         for cost in options.costs[:2]
       ]
+    if options.scenarios:
+      clean = clean or runs
+      beside = [
+        summary.robustness(
+          one,
+          other,
+          options.metric,
+          target=options.target,
+          key="spent/seconds",
+        )
+        for one, other in zip(clean, runs, strict=True)
+      ]
+      row += [[b.drop for b in beside], [b.slowdown for b in beside]]
     found[name] = dict(zip(columns, row, strict=True))
     text = "".join(f"{spread(values):>20}" for values in row)
     print(f"{name:{width}}{text}", flush=True)

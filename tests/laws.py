@@ -21,6 +21,7 @@ from fedjax_peft.links import Weighed
 from tolerance import tol
 
 WEIGHTS = (1, 3, 20, 2, 5)  # of the senders; one is above max_weight
+STALENESS = (0, 3, 8, 0, 1)  # of the senders, by id
 _SENDERS = len(WEIGHTS)
 BOUND = 2.0  # of the L2 norm of what they send
 SHAPES = {
@@ -37,11 +38,13 @@ class Member(NamedTuple):
     link: the link.
     weights: what each sender's message counts, or None for a plain sum.
     error: most that decoding may err in one value of one sender.
+    scale: what each sender's message is multiplied by, its weight is not.
   """
 
   link: fp.Link
   weights: tuple[int, ...] | None = None
   error: float = 0.0
+  scale: tuple[float, ...] = (1.0,) * _SENDERS
 
 
 def feedback(step: float = 0.125) -> fp.Link:
@@ -65,6 +68,19 @@ def feedback(step: float = 0.125) -> fp.Link:
   )
 
 
+QUIET = 100.0  # dB: noise of 3e-6 a value, for laws about the sum
+
+
+def deviation(
+  snr_db: float,
+  threshold: float = 1.0,
+  bound: float = BOUND,
+  n: int = tree.size(SHAPES),
+) -> float:
+  """Standard deviation of the noise in a value that was sent over the air."""
+  return bound / math.sqrt(n * 10 ** (snr_db / 10) * threshold)
+
+
 def members() -> dict[str, Member]:
   """Every link of the library, alone and in the chains it is made for."""
   capped = tuple(min(w, 8) for w in WEIGHTS)
@@ -81,10 +97,32 @@ def members() -> dict[str, Member]:
     link = fp.chain(clipped, fp.fixed_point(bits))
     return Member(link, None, grid(bits))
 
+  # The laws allow `error` in every sender's value, and noise is added once.
+  # Nobody is silent at a threshold of 0.001.
+  on_air = fp.air(QUIET, fading="none")
+  faded = fp.chain(clipped, weighed, fp.air(QUIET, threshold=1e-3))
+  stale = tuple((1 + d) ** -0.5 for d in STALENESS)
+
   return {
     "identity": Member(fp.chain()),
     "clip": Member(clipped),
     "weigh": Member(weighed, capped),
+    "air": Member(on_air, None, 6 * deviation(QUIET)),
+    "clip_weigh_air": Member(
+      faded, capped, 6 * deviation(QUIET, 1e-3, 8 * BOUND)
+    ),
+    "discount": Member(fp.discount(), scale=stale),
+    "discount_constant": Member(fp.discount("constant")),
+    "discount_hinge": Member(
+      fp.discount("hinge", power=0.5, start=2.0),
+      scale=tuple(1 / (0.5 * max(d - 2, 0) + 1) for d in STALENESS),
+    ),
+    "discount_weigh_int8": Member(
+      fp.chain(fp.discount(), weighed, fp.int8()),
+      capped,
+      8 * coarse,
+      stale,
+    ),
     "weigh_clients": Member(fp.weigh("clients"), each),
     "clip_fixed_point_8": fixed(8),
     "clip_fixed_point_16": fixed(16),
@@ -168,7 +206,8 @@ def contexts(weights, ids) -> fp.Context:
   """What the senders know; axis C leads all but the roster."""
   keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(ids)
   roster = fp.Roster(ids, weights, jax.random.key(1))
-  return fp.Context(keys, ids, weights, {}, roster)
+  traits = {"staleness": jnp.array(STALENESS, jnp.int32)[ids]}
+  return fp.Context(keys, ids, weights, traits, roster)
 
 
 def spec(shapes=None, senders=_SENDERS) -> fp.Spec:
@@ -200,7 +239,7 @@ class Crossing(NamedTuple):
 def _crossing(link, reduce):
   """Compiles the whole exchange of a link, and of each of its wires."""
   ex = link_lib.exchange(link, reduce)
-  axes = fp.Context(0, 0, 0, None, None)
+  axes = fp.Context(0, 0, 0, 0, None)
 
   def alone(wire, shared, ctx):
     parts = list(zip(ex.link.parts, shared, strict=True))
@@ -351,11 +390,12 @@ def receives_add_up(member: Member) -> None:
 
 
 def the_exchange_has_its_value(member: Member) -> None:
-  """sum(w m) / sum(w) where it weighs, else sum(m)."""
+  """sum(w s m) / sum(w) where it weighs, else sum(s m), s of the sender."""
   sent = messages()
   found = exchanged(member.link, sent).result
   weights = np.ones(len(WEIGHTS)) if member.weights is None else member.weights
   total = 1 if member.weights is None else np.sum(weights)
+  weights = np.multiply(weights, member.scale)
   wanted = jax.tree.map(
     lambda x: np.asarray(np.tensordot(weights, x, 1) / total, np.float32), sent
   )

@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from fedjax_peft import validate
 from fedjax_peft.data.clients import Population
 from fedjax_peft.data.ragged import Ragged
 
@@ -39,7 +40,13 @@ def planted(
     (1, [0, 1, 1, 0])
   """
   classes = len(population.classes)
-  if not 1 <= groups <= classes:
+  if not classes:
+    raise ValueError(
+      "planted groups differ in what they call the classes, and "
+      f"{population.name!r} has none; leave data.groups out"
+    )
+  validate.at_least(1, groups=groups)
+  if groups > classes:
     raise ValueError(
       f"groups must be in 1..{classes}, the number of classes of "
       f"{population.name!r}: got {groups=}"

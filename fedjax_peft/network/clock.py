@@ -33,6 +33,8 @@ class Clock(NamedTuple):
     seconds: at the latest, from its start.
     concurrency: clients at work at all times; 0 for closed rounds.
     buffer: reports that end an open round; 0 = only time does.
+    together: rounds that are trained side by side where they do not depend on
+      each other, at most (`together.together`).
   """
 
   name: str
@@ -40,6 +42,7 @@ class Clock(NamedTuple):
   seconds: float = math.inf
   concurrency: int = 0
   buffer: int = 0
+  together: int = 1
 
   @property
   def is_open(self) -> bool:
@@ -49,12 +52,6 @@ class Clock(NamedTuple):
   def asked(self, wanted: int) -> int:
     """How many are asked for a closed round that wants so many."""
     return math.ceil(wanted * (1 + self.over) - 1e-9)
-
-  def most(self, wanted: int) -> int:
-    """The most reports of a round."""
-    if not self.is_open:
-      return wanted if self.over else self.asked(wanted)
-    return self.buffer or self.concurrency
 
 
 def synchronous(timeout: float = math.inf) -> Clock:
@@ -82,28 +79,36 @@ def deadline(seconds: float = math.inf, *, over: float = 0.3) -> Clock:
   return Clock(f"deadline({seconds:g}, {over:g})", over=over, seconds=seconds)
 
 
-def buffered(*, concurrency: int, buffer: int) -> Clock:
+def buffered(*, concurrency: int, buffer: int, together: int = 1) -> Clock:
   """The model moves whenever so many reports have come (FedBuff).
 
   Args:
     concurrency: clients at work at all times.
     buffer: reports of a round, at most as many.
+    together: updates of the model that one round of the run may hold.
   """
-  validate.at_least(1, concurrency=concurrency, buffer=buffer)
+  validate.at_least(
+    1, concurrency=concurrency, buffer=buffer, together=together
+  )
   if buffer > concurrency:
     raise ValueError(
       f"a buffer cannot hold more than who is at work: got {buffer=} "
       f"{concurrency=}; use buffer={concurrency} or less"
     )
   name = f"buffered({concurrency}, {buffer})"
-  return Clock(name, concurrency=concurrency, buffer=buffer)
+  return Clock(name, concurrency=concurrency, buffer=buffer, together=together)
 
 
-def asynchronous(*, concurrency: int) -> Clock:
-  """The model moves with every report (FedAsync)."""
-  return buffered(concurrency=concurrency, buffer=1)._replace(
-    name=f"asynchronous({concurrency})"
-  )
+def asynchronous(*, concurrency: int, together: int = 1) -> Clock:
+  """The model moves with every report (FedAsync).
+
+  Args:
+    concurrency: clients at work at all times.
+    together: updates of the model that one round of the run may hold, so that
+      their clients are trained side by side.
+  """
+  made = buffered(concurrency=concurrency, buffer=1, together=together)
+  return made._replace(name=f"asynchronous({concurrency})")
 
 
 def periodic(*, concurrency: int, seconds: float) -> Clock:
@@ -143,15 +148,14 @@ def close(
     (bool [C], whose reports are used; seconds of the round). Of reports that
     come at the same time, the earlier places are used.
   """
-  in_time = arrived & (seconds <= clock.seconds)
-  order = np.lexsort((np.arange(seconds.size), seconds))
-  order = order[in_time[order]]
-  used = np.zeros(seconds.size, bool)
+  used = arrived & (seconds <= clock.seconds)
   if clock.over:
-    order = order[:wanted]
-  used[order] = True
-  if clock.over and order.size == wanted:
-    return used, float(seconds[order[-1]])  # enough are there
+    there = np.flatnonzero(used)
+    first = there[np.argsort(seconds[there], kind="stable")[:wanted]]
+    used = np.zeros(seconds.size, bool)
+    used[first] = True
+    if first.size == wanted:  # enough are there
+      return used, float(seconds[first[-1]])
   finite = seconds[np.isfinite(seconds)]
   last = float(finite.max(initial=0.0))
   # Whose link is dead is waited for until the time is up, if it ever is.

@@ -7,11 +7,18 @@ in this order: reports, by client id; the model; new starts. So ties are
 decided, and with a buffer as large as the cohort and equal delays this is
 synchronous averaging.
 
+What happens to a client in a round is one draw, so whoever was lost in a round
+is not asked again in it. A round in which nobody is at work and nobody else
+can be asked, or in which hopelessly many were lost (a server that is down),
+ends with what has come.
+
 The models that clients at work started from are kept in a pool. It has a place
 for each client and one more: every model in it has a client at work or one
 that reports in this round.
 """
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +31,7 @@ from fedjax_peft.network import world as world_lib
 
 Memory = dict[str, np.ndarray]
 _FREE = -1
+_HOPELESS = 4  # times as many lost in a round as are at work at a time
 
 
 def start(world: world_lib.World, clock: clock_lib.Clock) -> Memory:
@@ -64,35 +72,38 @@ def turns(world: world_lib.World, clock: clock_lib.Clock):
     memory = world_lib.moved(world, world_lib.heard(memory, told), number)
     begun = float(memory["now"])
     until = begun + clock.seconds
-    reports = _rows(memory, np.zeros(0, np.int64))
-    lost = [reports]
-    again = 0
-    while True:
-      busy = reports["work/client"]
-      memory = _fill(world, memory, number, told, busy, again)
-      again += 1
+    reports = lost = _rows(memory, np.zeros(0, np.int64))
+    for again in itertools.count():
+      memory = _fill(
+        world, memory, number, told, _joined([reports, lost]), again, until
+      )
       first = float(memory["work/ends"].min())
-      if not first <= until:
-        memory["now"] = np.asarray(until)
+      if not first <= until or math.isinf(first):  # nobody is at work
+        now = float(memory["now"])
+        if not reports["work/client"].size + lost["work/client"].size:
+          now += world.patience
+        now = until if math.isfinite(until) else now
+        memory["now"] = np.asarray(now)
         break
       memory["now"] = np.asarray(max(first, float(memory["now"])))
       here = np.flatnonzero(memory["work/ends"] <= first)
       here = here[np.argsort(memory["work/client"][here], kind="stable")]
       arrived = _phases(memory, "happened").arrived[here]
-      come = here[arrived]
+      come, gone = here[arrived], here[~arrived]
       if clock.buffer:  # whoever finds it full waits for the next round
-        come = come[: clock.buffer - busy.size]
+        come = come[: clock.buffer - reports["work/client"].size]
       reports = _joined([reports, _rows(memory, come)])
-      lost.append(_rows(memory, here[~arrived]))
-      _release(memory, np.concatenate([come, here[~arrived]]))
-      if clock.buffer and reports["work/client"].size == clock.buffer:
+      lost = _joined([lost, _rows(memory, gone)])
+      _release(memory, np.concatenate([come, gone]))
+      if clock.buffer and (
+        reports["work/client"].size == clock.buffer
+        or lost["work/client"].size >= _HOPELESS * clock.concurrency
+      ):
         break
     memory, keep, version = _pooled(memory, reports, number)
     seconds = float(memory["now"]) - begun
     memory["now"] = np.asarray(begun)
-    return _turn(
-      world, memory, number, seconds, reports, _joined(lost), keep, version
-    )
+    return _turn(world, memory, number, seconds, reports, lost, keep, version)
 
   return turn
 
@@ -127,7 +138,7 @@ def _turn(world, memory, number, seconds, reports, lost, keep, version):
     clients=chosen,
     nodes=memory["nodes"][chosen] if "nodes" in memory else None,
     version=version,
-    keep=keep,
+    keep=(keep,),
     steps=None if world.steps is None else reports["work/steps"],
     traits=traits,
     record=record,
@@ -136,17 +147,19 @@ def _turn(world, memory, number, seconds, reports, lost, keep, version):
   return turn, memory
 
 
-def _fill(world, memory, number, told, busy, again):
-  """Clients start at every free place; waits while nobody is at work."""
+def _fill(world, memory, number, told, tried, again, until):
+  """Clients start at every free place; waits while there was nobody yet."""
   free = np.flatnonzero(memory["work/client"] == _FREE)
   if not free.size:
     return memory
   working = memory["work/client"][memory["work/client"] != _FREE]
-  busy = np.concatenate([working, busy])
-  if working.size:
+  busy = np.concatenate([working, tried["work/client"]])
+  if busy.size:
     some = world_lib.candidates(world, memory, number, told, busy)
   else:
-    waited, some = world_lib.waiting(world, memory, number, told, busy)
+    waited, some = world_lib.waiting(world, memory, number, told)
+    if float(memory["now"]) + waited > until:
+      return memory
     memory["now"] = np.asarray(memory["now"] + waited)
   draws = world_lib.rng(world.seed, number, again)
   ids = np.asarray(world.select.choose(draws, some, free.size, number))

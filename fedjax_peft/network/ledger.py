@@ -135,7 +135,7 @@ def charge(
   Args:
     ids: int [C].
     load: what the round asks of each.
-    planned: how long the phases take if nothing happens.
+    planned: how long the phases take where nothing is lost.
     happened: how long they took.
     machines: of these clients, in their order.
     prices: of traffic and requests.
@@ -156,7 +156,8 @@ def charge(
   work = part(phases_lib.COMPUTE, planned.compute, happened.compute)
   up = part(phases_lib.UP, planned.up, happened.up)
   down_bytes = np.rint(load.down * down).astype(np.int64)
-  up_bytes = np.rint(load.up * up).astype(np.int64) * happened.copies
+  up_bytes = np.rint(load.up * up).astype(np.int64)
+  up_bytes *= np.where(happened.lost == phases_lib.ARRIVES, happened.copies, 1)
   seconds = [_finite(x) for x in spent]
   watts = (machines.receive, machines.compute, machines.send)
   # Waiting for the next phase is idling, which a device does anyway.

@@ -83,7 +83,10 @@ def signal(
   if how.use == "split":
     # The equal-finish split of D over rates r takes D / sum(r).
     return radio_lib.Signal(
-      up.sum(-1), down.sum(-1), (lost & on).any(-1), on.any(-1)
+      up.sum(-1),
+      down.sum(-1),
+      np.any(np.logical_and(lost, on), -1),
+      np.any(on, -1),
     )
   usual = np.stack(
     [

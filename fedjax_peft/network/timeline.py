@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjax_peft import plan as plan_lib
 from fedjax_peft.network import clock as clock_lib
-from fedjax_peft.network import flight, ledger
+from fedjax_peft.network import flight, ledger, together
 from fedjax_peft.network import world as world_lib
 
 
@@ -56,7 +56,7 @@ def plan(
   else:
     turn, pool = _closed(world, clock, wanted), 0
     init = world_lib.start(world)
-  return plan_lib.Plan(
+  made = plan_lib.Plan(
     name=f"{clock.name}, {world.select.name}, {world.fault.name}",
     init=lambda: {k: np.array(v) for k, v in init.items()},
     turn=turn,
@@ -64,12 +64,13 @@ def plan(
     hears=hears,
     pool=pool,
   )
+  return together.together(made, clock.together)
 
 
 def _most(world, clock, wanted):
   """The most reports of a round."""
-  if clock.is_open:
-    return clock.most(wanted)
+  if clock.is_open:  # where time alone ends a round, everybody may report
+    return clock.buffer or int((world.seen & world.fits).sum())
   asked = clock.asked(wanted)
   most = world.select.most(int(world.seen.sum()), asked)
   return min(most, wanted) if clock.over else most
@@ -92,12 +93,14 @@ def _closed(world, clock, wanted):
     used, seconds = clock_lib.close(
       clock, what.happened.seconds, what.happened.arrived, wanted
     )
+    if not ids.size:  # nobody was asked, and the server looks again later
+      seconds = min(world.patience, clock.seconds)
     costs = ledger.charge(
       ids,
       what.load,
       what.planned,
       what.happened,
-      world.fleet.take(ids),
+      what.machines,
       world.prices,
       used=used,
       began=float(later["now"]),

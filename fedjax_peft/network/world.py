@@ -66,7 +66,8 @@ class World(NamedTuple):
     steps: (ids, round, Memory, seconds of one step [C], of both links [C]) ->
       int64 [C]; None is what the local work says.
     recharge: watts that flow into a battery at all times.
-    patience: seconds after which the server looks again when nobody is there.
+    patience: seconds, > 0, after which the server looks again when nobody is
+      there or was asked, and notices that a client at work is lost.
   """
 
   seed: int
@@ -186,12 +187,14 @@ class Happened(NamedTuple):
   """A round of some clients; axis C.
 
   Attributes:
+    machines: theirs.
     load: what it asked of them.
-    planned: how long it takes where nothing goes wrong.
+    planned: how long it takes where nothing is lost.
     happened: how long it took, and where messages were lost.
     steps: int64 [C], local steps of each; None is what the work says.
   """
 
+  machines: profile.Fleet
   load: ledger.Load
   planned: phases.Phases
   happened: phases.Phases
@@ -211,20 +214,50 @@ def happen(
   """
   machines = world.fleet.take(ids)
   signal = signals(world, memory, ids, number)
-  load = world.load(ids, number, np.ones(ids.size, np.int64))
-  with np.errstate(divide="ignore", invalid="ignore"):
-    down, up = load.down * 8 / signal.down, load.up * 8 / signal.up
   steps = None
   if world.steps is not None and ids.size:
-    each = load.flops / machines.flops
-    steps = world.steps(ids, number, memory, each, down + up)
+    once = world.load(ids, number, np.ones(ids.size, np.int64))
+    links = _seconds(once.down, signal.down) + _seconds(once.up, signal.up)
+    each = once.flops / machines.flops
+    steps = world.steps(ids, number, memory, each, links)
   load = world.load(ids, number, steps)
-  planned = phases.timed(down, load.flops / machines.flops, up)
-  lost = np.where(signal.lost, phases.UP, 0)
-  off = ~signal.on | ~np.isfinite(planned.seconds)
-  real = phases.lose(phases.lose(planned, lost, 1.0), off * phases.DOWN, 0.0)
+  planned = phases.timed(
+    _seconds(load.down, signal.down),
+    load.flops / machines.flops,
+    _seconds(load.up, signal.up),
+  )
+  real = planned
+  if signal.lost.any():
+    real = phases.lose(real, np.where(signal.lost, phases.UP, 0), 1.0)
+  off = ~(signal.on & np.isfinite(planned.seconds))
+  if off.any():
+    real = phases.lose(real, off * phases.DOWN, 0.0)
   real = world.fault.phases(real, ids, number, world.seed)
-  return Happened(load, planned, real, steps)
+  planned = _slowed(world, planned, real.lost > 0, ids, number)
+  return Happened(machines, load, planned, real, steps)
+
+
+def _seconds(size: np.ndarray, rate: np.ndarray) -> np.ndarray:
+  """Float64 [C] that bytes take at bits per second; nothing takes no time."""
+  with np.errstate(divide="ignore", invalid="ignore"):
+    return np.where(size > 0, size * 8.0 / rate, 0.0)
+
+
+def _slowed(world, planned, lost, ids, number):
+  """What is planned for clients that are lost, with what slows them down.
+
+  Faults cut nobody's round short who is lost before all else, so what they
+  return for such a client is how long its phases would have taken.
+  """
+  at = np.flatnonzero(lost)
+  if not at.size:
+    return planned
+  gone = planned.rows(at)._replace(lost=np.full(at.size, phases.DOWN, np.int8))
+  slow = world.fault.phases(gone, ids[at], number, world.seed)
+  new = {k: getattr(planned, k).copy() for k in ("down", "compute", "up")}
+  for name, seconds in new.items():
+    seconds[at] = getattr(slow, name)
+  return planned._replace(**new)
 
 
 def signals(

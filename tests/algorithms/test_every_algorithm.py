@@ -14,6 +14,7 @@ import bowls
 import fedjax_peft as fp
 import toy
 from fedjax_peft import algorithms, compose, placement
+from fedjax_peft.network import topology
 
 DATA = toy.people((2, 3, 4))
 HOW = fp.local(optax.sgd(0.1), batch=4, epochs=2)
@@ -34,11 +35,19 @@ ON_NETS = {
   "afl": functools.partial(algorithms.afl, clients=3, rate=0.1),
   "apfl": functools.partial(algorithms.apfl, adaptive=True),
   "centralized": functools.partial(algorithms.centralized, data=DATA, cohort=2),
+  "clustered": functools.partial(algorithms.clustered, clusters=2),
   "ditto": functools.partial(algorithms.ditto, strength=0.1),
+  "fedasync": algorithms.fedasync,
+  "fedbuff": algorithms.fedbuff,
   "feddyn": functools.partial(algorithms.feddyn, alpha=0.1, clients=3),
   "fednova": algorithms.fednova,
   "fedper": functools.partial(algorithms.fedper, lowrank=False),
   "fedrep": functools.partial(algorithms.fedrep, head_steps=1),
+  "gossip": functools.partial(
+    algorithms.gossip, mixing=topology.metropolis(topology.ring(3))
+  ),
+  "hierarchical": functools.partial(algorithms.hierarchical, edges=2, period=2),
+  "ifca": functools.partial(algorithms.ifca, clusters=2, spread=0.01),
   "local_only": algorithms.local_only,
   "mime_lite": algorithms.mime_lite,
   "moon": functools.partial(algorithms.moon, features=features),

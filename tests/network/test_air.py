@@ -13,7 +13,7 @@ import fedjax_peft as fp
 import laws
 from fedjax_peft import link as link_lib
 from fedjax_peft import tree
-from fedjax_peft.links import air as air_lib
+from fedjax_peft.links.air import Analog
 
 P = 1e-4
 VALUES = 36  # of laws.SHAPES
@@ -22,7 +22,7 @@ VALUES = 36  # of laws.SHAPES
 @functools.cache
 def faded(threshold, snr_db=20.0):
   """The same link for the same options, so that it is compiled once."""
-  return air_lib.air(snr_db, threshold=threshold)
+  return fp.air(snr_db, threshold=threshold)
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def flat(message):
 
 @pytest.mark.parametrize("threshold", [None, 0.2])
 def test_noise_is_normal_of_the_stated_variance(threshold):
-  link = faded(threshold) if threshold else air_lib.air(20.0, fading="none")
+  link = faded(threshold) if threshold else fp.air(20.0, fading="none")
   result, wires, _ = rounds(link)
   heard = wires.senders.sum(1) > 0
   total = jax.tree.map(lambda x: x.sum(1), wires.message)
@@ -102,9 +102,7 @@ def test_senders_are_silent_as_often_as_their_channel_is_weak(threshold):
 
 
 def test_of_a_silent_sender_neither_message_nor_weight_is_heard():
-  link = fp.chain(
-    fp.weigh(max_weight=8), air_lib.air(laws.QUIET, threshold=0.5)
-  )
+  link = fp.chain(fp.weigh(max_weight=8), fp.air(laws.QUIET, threshold=0.5))
   result, wires, _ = rounds(link)
   spoke = wires.senders.astype(bool)
   weights = np.minimum(laws.WEIGHTS, 8)
@@ -119,7 +117,7 @@ def test_of_a_silent_sender_neither_message_nor_weight_is_heard():
 
 def test_where_nobody_speaks_the_value_is_zero():
   result, wires, _ = rounds(
-    air_lib.air(20.0, threshold=0.8), weights=(1, 0, 0, 0, 0)
+    fp.air(20.0, threshold=0.8), weights=(1, 0, 0, 0, 0)
   )
   nobody = wires.senders.sum(1) == 0
   assert nobody.any()
@@ -130,7 +128,7 @@ def test_where_nobody_speaks_the_value_is_zero():
 def test_the_loudest_message_is_sent_with_the_power_that_is_allowed():
   # a |m|^2 / (n g) <= P with noise N: a = bound / deviation, in units of N.
   for threshold in (0.1, 0.7):
-    link = air_lib.air(13.0, threshold=threshold)
+    link = fp.air(13.0, threshold=threshold)
     _, shared = link.init(laws.spec())
     amplitude = 1 / float(shared["deviation"])
     power = (amplitude * laws.BOUND) ** 2 / VALUES / threshold
@@ -138,12 +136,12 @@ def test_the_loudest_message_is_sent_with_the_power_that_is_allowed():
 
 
 def test_two_receivers_have_different_noise():
-  link = air_lib.air(0.0, fading="none")
+  link = fp.air(0.0, fading="none")
   _, shared = link.init(laws.spec())
   nodes = jnp.array([0, 0, 1, 1, 1], jnp.int32)
   ids, key = jnp.arange(5, dtype=jnp.int32), jax.random.key(0)
   weights = jnp.ones(5, jnp.int32)
-  wire = air_lib.Analog(
+  wire = Analog(
     jax.tree.map(lambda x: jnp.zeros(x.shape), laws.SHAPES), jnp.int32(2)
   )
 
@@ -158,32 +156,32 @@ def test_two_receivers_have_different_noise():
 
 def test_a_message_without_a_bound_is_refused():
   for link in (
-    air_lib.air(20.0),
-    fp.chain(fp.clip(1.0), fp.weigh(), air_lib.air(20.0)),
+    fp.air(20.0),
+    fp.chain(fp.clip(1.0), fp.weigh(), fp.air(20.0)),
   ):
     with pytest.raises(ValueError, match=r"write clip\(\.\.\.\) first"):
       link.init(fp.Spec(laws.SHAPES, senders=5))
 
 
 def test_bits_are_not_sent_on_the_air():
-  link = fp.chain(fp.clip(1.0), fp.fixed_point(32), air_lib.air(20.0))
+  link = fp.chain(fp.clip(1.0), fp.fixed_point(32), fp.air(20.0))
   with pytest.raises(ValueError, match="air sends floats"):
     link.init(laws.spec())
 
 
 def test_the_sum_is_needed():
   with pytest.raises(ValueError, match="works on the sum of all wires"):
-    fp.chain(fp.int8(), air_lib.air(20.0))
+    fp.chain(fp.int8(), fp.air(20.0))
   with pytest.raises(ValueError, match="sum of many wires"):
-    link_lib.broadcast(air_lib.air(20.0))
+    link_lib.broadcast(fp.air(20.0))
 
 
 @pytest.mark.parametrize(
   ("build", "match"),
   [
-    (lambda: air_lib.air(math.nan), "snr_db must be a finite"),
-    (lambda: air_lib.air(1.0, threshold=0.0), "threshold must be a positive"),
-    (lambda: air_lib.air(1.0, fading="raleigh"), "did you mean 'rayleigh'"),
+    (lambda: fp.air(math.nan), "snr_db must be a finite"),
+    (lambda: fp.air(1.0, threshold=0.0), "threshold must be a positive"),
+    (lambda: fp.air(1.0, fading="raleigh"), "did you mean 'rayleigh'"),
   ],
 )
 def test_a_bad_option_is_refused_when_the_link_is_built(build, match):

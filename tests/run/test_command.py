@@ -11,7 +11,27 @@ import jax
 import pyarrow.parquet
 import pytest
 
-from fedjax_peft import __main__, build, checkpoint, compose, record, schema
+from fedjax_peft import (
+  __main__,
+  build,
+  checkpoint,
+  compose,
+  membership,
+  record,
+  scene,
+  schema,
+)
+from fedjax_peft.network import (
+  availability,
+  clock,
+  fault,
+  ledger,
+  profile,
+  radio,
+  scenario,
+  selection,
+  station,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -276,6 +296,11 @@ def is_sayable(hint) -> bool:
 
 # What a config says in words of its own: a rate of SGD, a kind of graph.
 RENAMED = {("pfedme", "inner"): "inner_rate", ("gossip", "mixing"): "graph"}
+PATHS = ("path", "then")  # a file, and a table of the same kind
+
+
+# From the data or the model, keys of their own, and options of fedavg.
+KNOWN = ("clients", "cohort", "classes", "known", "placement", "options")
 
 
 def options_of(name: str, factory) -> list[str]:
@@ -284,10 +309,11 @@ def options_of(name: str, factory) -> list[str]:
   own = [
     RENAMED.get((name, p), p)
     for p in inspect.signature(factory).parameters
-    # Known from the data, keys of their own, and options of fedavg.
-    if p not in ("clients", "cohort", "classes", "placement", "options")
+    if p not in KNOWN
   ]
-  return [p for p in own if p not in hints or is_sayable(hints[p])]
+  return [
+    p for p in own if p not in hints or p in PATHS or is_sayable(hints[p])
+  ]
 
 
 @pytest.mark.parametrize(
@@ -300,12 +326,40 @@ def options_of(name: str, factory) -> list[str]:
     ),
     ("aggregate.reduce", compose.REDUCTIONS),
     ("attack", compose.ATTACKS),
+    ("cohort.group", membership.GROUPINGS),
+    ("network.available", availability.AVAILABILITIES),
+    ("network.clock", clock.CLOCKS),
+    ("network.faults", fault.FAULTS),
+    ("network.scenario", scenario.SCENARIOS),
+    ("network.select", selection.SELECTIONS),
+    ("network.steps", scene.STEPS),
   ],
 )
 def test_help_teaches_every_option_of_a_method(key, table):
-  (text,) = (k.doc for k in schema.fields() if k.name == key)
+  text = doc_of(key)
   for name, factory in table.items():
     assert f"{name}({', '.join(options_of(name, factory))})" in text
+
+
+def doc_of(key: str) -> str:
+  """What help says of a key."""
+  (text,) = (k.doc for k in schema.fields() if k.name == key)
+  return text
+
+
+@pytest.mark.parametrize(
+  ("key", "names"),
+  [
+    ("network.backhaul", inspect.signature(radio.wire).parameters),
+    ("network.fleet", profile.PROFILES),
+    ("network.prices", ledger.Prices._fields),
+    ("network.radio", radio.RADIOS),
+    ("network.stations", inspect.signature(station.stations).parameters),
+  ],
+)
+def test_help_teaches_every_name_of_a_network(key, names):
+  words = re.findall(r"\w+", doc_of(key))
+  assert set(names) <= set(words)
 
 
 def test_help_shows_examples(capsys):

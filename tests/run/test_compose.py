@@ -1,25 +1,32 @@
 """Composing: every method that a config can name builds and starts."""
 
 import jax
+import numpy as np
 import optax
 import pytest
 
-from fedjax_peft import build, compose, config, tree
+from fedjax_peft import algorithms, build, compose, config, tree
 from fedjax_peft import rules as rules_lib
 
 ALGORITHMS = {
   "afl": "rate=0.1",
   "apfl": "adaptive=true",
   "centralized": "",
+  "clustered": "clusters=2",
   "ditto": "strength=0.1",
+  "fedasync": "rate=0.5",
   "fedavg": "",
+  "fedbuff": 'kind="hinge"',
   "feddpa": "weight=0.5",
   "feddyn": "alpha=0.1",
   "fednova": "momentum=0.0",
   "fedper": 'head="head/.*"',
   "fedrep": 'head_steps=1, head="head/.*"',
   "flasc": "down=0.5, up=0.5",
+  "gossip": 'graph="ring"',
+  "hierarchical": "edges=2, period=2",
   "hilora": "edges=2",
+  "ifca": "clusters=2, spread=0.01",
   "local_only": "",
   "mime_lite": "momentum=0.5",
   "moon": "mu=0.5, temperature=0.5",
@@ -29,9 +36,13 @@ ALGORITHMS = {
   "reptile": "rate=0.5",
   "scaffold": "",
 }
+SGD = ("server.optimizer=sgd", "server.learning_rate=1.0")
 ALONE = {
+  "clustered": ('cohort.group={by="update"}',),
+  "fedasync": SGD,
   "flasc": ('uplink=[{link="weigh"}]',),
-  "reptile": ("server.optimizer=sgd", "server.learning_rate=1.0"),
+  "gossip": ('uplink=[{link="weigh"}]', *SGD),
+  "reptile": SGD,
 }
 LORA = '{method="lora", rank=2}, {method="tune", where="head/.*"}'
 PEFT = {
@@ -70,6 +81,8 @@ def test_an_algorithm_is_built_by_its_name(tiny, name):
     ('"reptile", rate=0.5', "server"),
     ('"local_only"', "placement"),
     ('"centralized"', "placement"),
+    ('"fedasync"', "server"),
+    ('"gossip"', "uplink"),
   ],
 )
 def test_what_an_algorithm_says_itself_is_not_dropped_in_silence(
@@ -160,6 +173,29 @@ def test_an_attack_is_built_by_its_name(tiny, table):
   assert "attacker" in parts.algorithm.work.traits
 
 
+def test_the_edges_of_hilora_may_be_found_by_adapters(tiny):
+  overrides = (
+    f"model.peft=[{PEFT['hilora']}]",
+    'algorithm={name="hilora", edges=2}',
+  )
+  parts = built(tiny, *overrides, 'cohort.group={by="adapters"}')
+  first = parts.cohort.init()["nodes"]  # nothing is trained to build
+  assert not first.any()
+  _, nodes = parts.group.before(parts.state, first, 0)
+  assert set(nodes.tolist()) == {0, 1}
+  how = parts.algorithm.work.local
+  found = algorithms.find_nodes(parts.model, how, parts.data, count=2)
+  np.testing.assert_array_equal(nodes, found)
+  assert parts.group.before(parts.state, nodes, 1)[1] is nodes
+  assert built(tiny, *overrides).group is None
+  network = 'network.clock={kind="synchronous"}'
+  near = built(tiny, *overrides, network)
+  assert near.group is None
+  assert "nodes" in near.cohort.init()  # the edges that they are near to
+  both = built(tiny, *overrides, network, 'cohort.group={by="device"}')
+  np.testing.assert_array_equal(both.cohort.init()["nodes"], both.group.first)
+
+
 def test_feddpa_may_mix_its_adapters_by_example(tiny):
   overrides = [f"model.peft=[{PEFT['feddpa']}]"]
   plain = built(tiny, *overrides, 'algorithm={name="feddpa", weight=0.5}')
@@ -168,6 +204,8 @@ def test_feddpa_may_mix_its_adapters_by_example(tiny):
   model = compose.model_of(run, plain.model, plain.data.examples)
   how = plain.algorithm.work.local
   made = compose.algorithm_of(run, plain.data, model, how, optax.sgd(1.0))
+  whole = build.build(run).model.params
+  assert algorithms.nearness.CENTER in whole
   more = made.work.placement.items() - plain.algorithm.work.placement.items()
   assert more == {("feddpa/center", "device")}
   assert compose.model_of(

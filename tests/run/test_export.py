@@ -21,6 +21,8 @@ from fedjax_peft import (
   peft,
   record,
 )
+from fedjax_peft import export as export_lib
+from fedjax_peft.rules import ranking
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -96,6 +98,47 @@ def test_a_client_gets_its_head_and_its_rank_of_the_adapter(
   for part, x in (("kernel", "weight"), ("bias", "bias")):
     mine = saved.clients.local[f"head/{part}"][place]
     np.testing.assert_array_equal(head[f"classifier.{x}"].T, mine)
+
+
+PRUNED = (
+  'model.peft=[{method="lora", rank=4}, {method="tune", where="head/.*"}]',
+  'aggregate.rule={method="hetlora", strength=1.0, prune=true}',
+  "aggregate.ranks={2=0.5, 4=0.5}",
+  'uplink=[{link="count"}]',
+  "server.optimizer=sgd",
+)
+
+
+def test_a_client_gets_no_rank_that_it_gave_up(tiny):
+  parts = build.build(config.load(tiny, PRUNED))
+  state = parts.algorithm.init(clients=12, cohort=5)
+  kept = np.arange(12, dtype=np.int32) % 4 + 1
+  local = {**state.clients.local, ranking.RANK: kept}
+  clients = state.clients._replace(local=local)
+  saved = checkpoint.Saved(1, state, clients, {})
+  ranks = [
+    export_lib._of_client(parts, saved, place)["layers/attention/query/lora_a"]
+    for place in range(12)
+  ]
+  wanted = np.minimum(kept, parts.data.traits["rank"])
+  np.testing.assert_array_equal([a.shape[-1] for a in ranks], wanted)
+  assert (wanted < parts.data.traits["rank"]).any()
+
+
+def test_an_adapter_that_is_mixed_by_example_is_no_one_adapter(tiny):
+  parts = build.build(
+    config.load(
+      tiny,
+      [
+        'model.peft=[{method="stack", ranks={shared=2, personal=2}}]',
+        'algorithm={name="feddpa", weight=0.5, by_example=0.5}',
+      ],
+    )
+  )
+  state = parts.algorithm.init(clients=12, cohort=5)
+  saved = checkpoint.Saved(1, state, state.clients, {})
+  with pytest.raises(ValueError, match="leave algorithm.by_example out"):
+    export_lib._of_client(parts, saved, 1)
 
 
 def test_clients_of_both_ranks_were_looked_at(learned):
