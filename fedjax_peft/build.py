@@ -99,13 +99,14 @@ def build(run: schema.Config) -> Parts:
     )
   size = 1 if len(population) == 1 else run.cohort.size
   sampler = _sampler(run.cohort, size, population)
+  group = membership.group_of(run, population, model, made)
   if scene.is_simulated(run):
-    population, made, cohort = _simulated(run, population, model, made)
+    also = frozenset() if group is None else group.hears
+    population, made, cohort = _simulated(run, population, model, made, also)
   else:
     cohort = plan.sampled(sampler, population, run.seed)
   if made.specialize is not None and not cohort.pool:
     made, _ = made.specialize(population)
-  group = membership.group_of(run, population, model, made)
   if group is not None:
     cohort = plan.grouped(cohort, group)
   if cohort.hears or cohort.pool:
@@ -118,7 +119,7 @@ def build(run: schema.Config) -> Parts:
   return Parts(population, model, made, cohort, state, group)
 
 
-def _simulated(run, population, model, made):
+def _simulated(run, population, model, made, also):
   """What a simulated network makes of data and algorithm, and its plan."""
   if run.algorithm.get("name") == "centralized":
     raise ValueError(
@@ -137,7 +138,11 @@ def _simulated(run, population, model, made):
   if job is not made.work:
     made = algorithm.extended(made, job=job)
   population = scene.fitted(run, population, model, made.work)
-  return population, made, scene.plan_of(run, population, model, made)
+  return (
+    population,
+    made,
+    scene.plan_of(run, population, model, made, also=also),
+  )
 
 
 def settings(run: schema.Config, parts: Parts) -> settings_lib.Settings:

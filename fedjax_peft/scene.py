@@ -17,6 +17,7 @@ from fedjax_peft import (
   config,
   data,
   factored,
+  notes,
   objective,
   one_step,
   plan,
@@ -33,6 +34,7 @@ from fedjax_peft.network import (
   clock,
   fault,
   ledger,
+  multi,
   profile,
   radio,
   scenario,
@@ -40,6 +42,7 @@ from fedjax_peft.network import (
   station,
   steps,
   timeline,
+  trace,
   world,
 )
 
@@ -81,6 +84,8 @@ def plan_of(
   population: data.Population,
   model: objective.Model,
   made: algorithm.Algorithm,
+  *,
+  also: frozenset[str] = frozenset(),
 ) -> plan.Plan:
   """The plan of a simulated network.
 
@@ -89,18 +94,16 @@ def plan_of(
     population: who there is.
     model: what is trained.
     made: the algorithm in its general form, with what faults do.
+    also: notes that clients send for others than the network.
 
   Raises:
     ValueError: if a name or an option does not exist, or parts do not fit.
   """
   net, clients = run.network, len(population)
   select = select_of(net.select or {"method": "uniform"})
-  radio_make, radio_rest = compose.named(
-    radio.RADIOS, net.radio or {"kind": "cell"}, "kind", "network.radio"
-  )
   machines = fleet_of(run, clients)
   stand = config.call(station.stations, net.stations, "network.stations")
-  air = config.call(radio_make, radio_rest, "network.radio")
+  air = links_of(run)
   when = clock_of(run)
   mixing = compose.mixing_of(run, clients)
   if when.is_open and mixing is not None:
@@ -109,14 +112,12 @@ def plan_of(
       f"network.clock={net.clock}; use a synchronous or deadline clock"
     )
   if when.is_open:  # who is at work at one time has a part of the band each
-    share = when.concurrency if air.sharing == "equal" else 1
-    air = air._replace(
-      bandwidth=air.bandwidth / share, sharing="own", broadcast=False
-    )
+    air = multi.divided(air, when.concurrency)
   count, hears = _steps(run)
   clustered = _is_clustered(run, made)
   places = 1 if clustered else made.tiers[0].size
-  notes_bytes = 4 * len(hears | ({"loss"} & select.reads))
+  told = hears | also | ({"loss"} & select.reads)
+  more = sum(notes.NOTES[name].nbytes for name in told)
   sizes = traffic.sizes(made, run.cohort.size)
   where = world.World(
     seed=run.seed,
@@ -124,8 +125,10 @@ def plan_of(
     seen=population.seen,
     fleet=machines,
     radio=air,
-    distance=station.distance(stand, clients, places, air.radius, run.seed),
-    load=_load(made.work, model, population, sizes, notes_bytes, mixing),
+    distance=station.distance(
+      stand, clients, places, multi.radius(air), run.seed
+    ),
+    load=_load(made.work, model, population, sizes, more, mixing),
     needs=_needs(made.work, model, population),
     hops=[] if clustered else _hops(run, made),
     home=station.home(stand, places),
@@ -164,6 +167,32 @@ def prices_of(run: schema.Config) -> ledger.Prices:
         "where nothing is paid"
       )
   return found
+
+
+LINKS: dict[str, Callable] = {**radio.RADIOS, "trace": trace.read_trace}
+
+
+def links_of(run: schema.Config) -> multi.Links:
+  """The clients' links: one radio or several, or rates from a file."""
+  net, found = run.network, []
+  tables = [("network.radio", net.radio or {"kind": "cell"})]
+  tables += [(f"network.also.{i}", table) for i, table in enumerate(net.also)]
+  for where, table in tables:
+    make, rest = compose.named(LINKS, table, "kind", where)
+    found.append(config.call(make, rest, where))
+  if not net.also:
+    if net.access:
+      raise ValueError(
+        "network.access says how several radios are used, but there is one: "
+        'name others, network.also=[{kind="wifi"}]'
+      )
+    return found[0]
+  if any(isinstance(one, trace.Trace) for one in found):
+    raise ValueError(
+      "recorded rates are all that a client has: got network.radio or "
+      "network.also of kind 'trace' beside others; leave the others out"
+    )
+  return config.call(multi.multi, net.access, "network.access", radios=found)
 
 
 def _is_clustered(run: schema.Config, made: algorithm.Algorithm) -> bool:

@@ -167,8 +167,15 @@ class Network:
   fleet_file: str = _doc("a CSV with a row for each client, in its place", "")
   spread: NonNegative = _doc("deviation of the log of speed in a kind", 0.0)
   radio: Table = _doc(
-    'links of the clients, {kind="wifi"}: cell, wifi, wired, satellite or '
-    "radio, with any option of fedjax_peft.network.radio.radio (cell)",
+    'links of the clients, {kind="wifi"}: cell, wifi, wired, satellite, '
+    "trace(path, period) or radio, with any option of "
+    "fedjax_peft.network.radio.radio (cell)",
+    {},
+  )
+  also: tuple[Table, ...] = _doc("more radios of each client, like `radio`", ())
+  access: Table = _doc(
+    'how several radios are used, {use="split"}: split (parts that arrive '
+    "together) or switch; margin",
     {},
   )
   stations: Table = _doc(

@@ -61,7 +61,14 @@ def w1(options) -> dict:
 
 def w2(options) -> dict:
   """LoRA on query and value of an encoder, and a head."""
-  shape = workload.w2(options.quick)
+  rule = None if options.rule is None else fp.rules.RULES[options.rule]()
+  parts = w2_parts(options.quick, options.precision, rule)
+  return _measure(*parts, options.seconds)
+
+
+def w2_parts(quick: bool, precision: str = "bf16", rule=None) -> tuple:
+  """The algorithm, the model and the data of W2."""
+  shape = workload.w2(quick)
   config = fp.models.encoder.EncoderConfig(
     vocab=shape.vocab,
     width=shape.width,
@@ -75,7 +82,6 @@ def w2(options) -> dict:
     unroll=True,
   )
   module = fp.models.encoder.Encoder(config, nnx.Rngs(0))
-  rule = None if options.rule is None else fp.rules.RULES[options.rule]()
   module = fp.peft.lora(
     module,
     rank=shape.rank,
@@ -84,14 +90,11 @@ def w2(options) -> dict:
     alpha=shape.scale * shape.rank,
   )
   module = fp.peft.tune(module, where=r"head/.*")
-  model = fp.model(
-    module, fp.losses.classification, precision=options.precision
-  )
+  model = fp.model(module, fp.losses.classification, precision=precision)
   tokens, label = shape.inputs()
   data = _population({"tokens": tokens, "label": label})
   local = fp.local(optax.sgd(shape.rate), batch=shape.batch)
-  algorithm = fp.fedavg(model, local, rule=rule)
-  return _measure(algorithm, model, data, options.seconds)
+  return fp.fedavg(model, local, rule=rule), model, data
 
 
 def _population(leaves) -> fp.data.Population:

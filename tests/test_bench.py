@@ -59,3 +59,11 @@ def test_the_kernels_benchmark_measures_all_it_promises():
 def test_an_unknown_part_is_refused_with_the_known_ones():
   with pytest.raises(AssertionError, match=r"--only takes w1, .*got 'w3'"):
     bench("bench_engine.py", "--only", "w3")
+
+
+@pytest.mark.slow
+def test_the_network_benchmark_measures_all_it_promises():
+  found = bench("bench_network.py", "--quick")
+  assert found["timelines"]["timelines"] > 0.8 * 1_000 * 20
+  assert found["beside"]["turn_seconds"] > 0
+  assert set(found["beside"]["round_seconds"]) == {"plain", "simulated"}

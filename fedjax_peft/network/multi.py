@@ -1,8 +1,8 @@
-"""Multi-access: clients with several radios at once.
+"""Links of clients: one radio, several at once, or rates that were recorded.
 
-A message is split such that all parts arrive together, which makes one link of
-the sum of the rates; or it takes the link that is best in the round, or, with a
-margin, the one that was best on average until that degrades.
+Of several, a message is split such that all parts arrive together, which makes
+one link of the sum of the rates; or it takes the link that is usually best,
+until that degrades.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fedjax_peft import validate
 from fedjax_peft.data import hashing
-from fedjax_peft.network import access
+from fedjax_peft.network import access, trace
 from fedjax_peft.network import radio as radio_lib
 
 USES = ("split", "switch")
@@ -108,3 +108,78 @@ def signal(
 def _seed(seed: int, radio: int) -> int:
   """The seed itself for the first radio, and others for the others."""
   return seed if not radio else int(hashing.mix(seed, radio) >> np.uint64(33))
+
+
+Links = radio_lib.Radio | Multi | trace.Trace
+
+
+def links(
+  how: Links,
+  distance: npt.ArrayLike,
+  ids: npt.ArrayLike,
+  number: int,
+  seed: int,
+  now: float,
+) -> radio_lib.Signal:
+  """The links of clients, of whatever kind they are.
+
+  Args:
+    how: a radio, several, or recorded rates, of which a rate of 0 is a link
+      that is off.
+    distance: float64 [C], metres.
+    ids: integers [C].
+    number: the round.
+    seed: of the run.
+    now: simulated seconds.
+  """
+  if isinstance(how, Multi):
+    return signal(how, distance, ids, number, seed)
+  if isinstance(how, trace.Trace):
+    up, down = how.rates(ids, now)
+    on = np.logical_and(up > 0, down > 0)
+    return radio_lib.Signal(up, down, np.zeros(on.shape, bool), on)
+  return radio_lib.signal(how, distance, ids, number, seed)
+
+
+def calm(how: Links) -> Links:
+  """The same without fading and outages, each client with its own band."""
+  if isinstance(how, Multi):
+    return how._replace(radios=tuple(map(_calm, how.radios)))
+  return how if isinstance(how, trace.Trace) else _calm(how)
+
+
+def _calm(one: radio_lib.Radio) -> radio_lib.Radio:
+  """One radio without fading and outages."""
+  return one._replace(fading="none", p_gb=0.0, sharing="own")
+
+
+def divided(how: Links, clients: int) -> Links:
+  """The same for clients who always share a band with so many.
+
+  Args:
+    how: links; recorded rates are what each client has.
+    clients: at work at one time.
+  """
+  if isinstance(how, Multi):
+    parts = tuple(_divided(one, clients) for one in how.radios)
+    return how._replace(radios=parts)
+  return how if isinstance(how, trace.Trace) else _divided(how, clients)
+
+
+def _divided(one: radio_lib.Radio, clients: int) -> radio_lib.Radio:
+  """One radio with a part of its band."""
+  share = clients if one.sharing == "equal" else 1
+  return one._replace(
+    bandwidth=one.bandwidth / share,
+    up=None if one.up is None else one.up / share,
+    down=None if one.down is None else one.down / share,
+    sharing="own",
+    broadcast=False,
+  )
+
+
+def radius(how: Links) -> float:
+  """Metres of the cell, for placing clients."""
+  if isinstance(how, Multi):
+    return max(one.radius for one in how.radios)
+  return 500.0 if isinstance(how, trace.Trace) else how.radius

@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_peft.network import availability, ledger, phases, profile, selection
+from fedjax_peft.network import (
+  availability,
+  ledger,
+  multi,
+  phases,
+  profile,
+  selection,
+)
 from fedjax_peft.network import fault as fault_lib
 from fedjax_peft.network import radio as radio_lib
 
@@ -52,7 +59,7 @@ class World(NamedTuple):
     examples: int64 [N], how many each trains on.
     seen: bool [N], who may be asked at all.
     fleet: their machines.
-    radio: their links.
+    radio: their links: of one radio, of several, or recorded.
     distance: (seconds) -> float64 [N, E], metres to each node at that time.
     load: (ids, round, steps [C] or None) -> what a round asks of them.
     needs: bytes [N] that training takes on each.
@@ -74,7 +81,7 @@ class World(NamedTuple):
   examples: np.ndarray
   seen: np.ndarray
   fleet: profile.Fleet
-  radio: radio_lib.Radio
+  radio: multi.Links
   distance: Callable[[float], np.ndarray]
   load: Callable[..., ledger.Load]
   needs: np.ndarray
@@ -178,8 +185,9 @@ def expected(
   world: World, memory: Memory, ids: np.ndarray, number: int
 ) -> phases.Phases:
   """How long clients would take: no faults, no fading, a band of their own."""
-  calm = world.radio._replace(fading="none", p_gb=0.0, sharing="own")
-  quiet = world._replace(radio=calm, fault=fault_lib.compose())
+  quiet = world._replace(
+    radio=multi.calm(world.radio), fault=fault_lib.compose()
+  )
   return happen(quiet, memory, ids, number).happened
 
 
@@ -264,10 +272,11 @@ def signals(
   world: World, memory: Memory, ids: np.ndarray, number: int
 ) -> radio_lib.Signal:
   """The links of clients, each in the cell of the node that it talks to."""
-  distance = world.distance(float(memory["now"]))[ids]
+  now = float(memory["now"])
+  distance = world.distance(now)[ids]
   if world.home is None:
-    return radio_lib.signal(
-      world.radio, distance[:, 0], ids, number, world.seed
+    return multi.links(
+      world.radio, distance[:, 0], ids, number, world.seed, now
     )
   nodes = memory["nodes"][ids]
   found = radio_lib.Signal(
@@ -278,8 +287,8 @@ def signals(
   )
   for e in np.unique(nodes):
     here = np.flatnonzero(nodes == e)
-    part = radio_lib.signal(
-      world.radio, distance[here, e], ids[here], number, world.seed
+    part = multi.links(
+      world.radio, distance[here, e], ids[here], number, world.seed, now
     )
     for whole, some in zip(found, part, strict=True):
       whole[here] = some

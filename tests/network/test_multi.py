@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedjax_peft.network import access, multi, radio
+from fedjax_peft.network import access, multi, radio, trace
 
 IDS = np.arange(200)
 FAR = np.full(200, 200.0)
@@ -66,3 +66,26 @@ def test_a_link_is_kept_until_another_is_better_by_the_margin():
 def test_no_radio_is_refused():
   with pytest.raises(ValueError, match="at least one radio"):
     multi.multi([])
+
+
+def test_recorded_rates_are_the_links(tmp_path):
+  path = tmp_path / "rates.csv"
+  path.write_text(
+    "client,time,up,down\n0,0,8e6,16e6\n0,10,0,16e6\n1,0,1e6,1e6\n"
+  )
+  recorded = trace.read_trace(path)
+  early, late = (
+    multi.links(recorded, [1.0, 1.0], [0, 1], 0, 0, now) for now in (5.0, 15.0)
+  )
+  np.testing.assert_array_equal(early.up, [8e6, 1e6])
+  np.testing.assert_array_equal(early.on, [True, True])
+  np.testing.assert_array_equal(late.on, [False, True])
+  assert multi.calm(recorded) is recorded
+  assert multi.divided(recorded, 7) is recorded
+
+
+def test_a_divided_band_is_that_of_so_many_who_share_it():
+  shared = radio.radio(bandwidth=10e6, broadcast=False)
+  together = radio.signal(shared, FAR, IDS, 3, 0)
+  alone = multi.links(multi.divided(shared, 200), FAR, IDS, 3, 0, 0.0)
+  np.testing.assert_allclose(alone.up, together.up)
