@@ -145,12 +145,14 @@ def charge(
   spent = happened.spent
 
   def part(phase, before, after):
-    """The fraction of a phase that passed."""
-    cut = happened.lost == phase
+    """The fraction of a phase that passed, float64 [C]."""
+    share = happened.reaches(phase).astype(np.float64)
+    at = np.flatnonzero(happened.lost == phase)
+    before, after = before[at], after[at]
     with np.errstate(invalid="ignore", divide="ignore"):
       passed = np.where(before > 0, after / before, 1.0)
-    passed = np.where(np.isfinite(passed), np.clip(passed, 0, 1), 0.0)
-    return np.where(cut, passed, np.where(happened.reaches(phase), 1.0, 0.0))
+    share[at] = np.where(np.isfinite(passed), np.clip(passed, 0, 1), 0.0)
+    return share
 
   down = part(phases_lib.DOWN, planned.down, happened.down)
   work = part(phases_lib.COMPUTE, planned.compute, happened.compute)
