@@ -33,16 +33,17 @@ def sizes(algorithm: algorithm_lib.Algorithm, most: int) -> Sizes:
 
   def of(traits, number):
     length = next((len(v) for v in traits.values()), 0)
-    table = np.zeros((length, len(names)))
-    for i, name in enumerate(names):
-      table[:, i] = traits[name]
-    kinds, which = np.unique(table, axis=0, return_inverse=True)
+    first, which = np.zeros(min(length, 1), int), np.zeros(length, int)
+    for name in names:  # one after another, since sorting rows is slow
+      values, code = np.unique(traits[name], return_inverse=True)
+      _, first, which = np.unique(
+        which * values.size + code, return_index=True, return_inverse=True
+      )
+    kinds = zip(*(np.asarray(traits[k], float)[first].tolist() for k in names))
     when = number % algorithm.work.cycle
-    found = [of_kind(tuple(kind.tolist()), when) for kind in kinds]
+    found = [of_kind(kind, when) for kind in (kinds if names else [()])]
     return {
-      way: np.array([f[f"{low}/{way}"] for f in found], np.int64)[
-        which.reshape(-1)
-      ]
+      way: np.array([f[f"{low}/{way}"] for f in found], np.int64)[which]
       for way in WAYS
     }
 
