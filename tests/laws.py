@@ -15,8 +15,8 @@ import numpy as np
 
 import fedjax_peft as fp
 from fedjax_peft import link as link_lib
+from fedjax_peft import links, tree
 from fedjax_peft import reduce as reduce_lib
-from fedjax_peft import tree
 from fedjax_peft.links import Weighed
 from tolerance import tol
 
@@ -91,6 +91,7 @@ def members() -> dict[str, Member]:
     return bound / (limit - 0.5) / 2
 
   coarse = BOUND / 127  # one step of int8, a block's maximum being <= BOUND
+  wide = math.sqrt(2) * BOUND  # what affine's range is at most
   weighed, clipped = fp.weigh(max_weight=8), fp.clip(BOUND)
 
   def fixed(bits):
@@ -133,6 +134,15 @@ def members() -> dict[str, Member]:
     "quantize_1": Member(fp.quantize(1), None, 2 * BOUND),
     "quantize_2": Member(fp.quantize(2), None, BOUND),
     "quantize_16": Member(fp.quantize(16), None, BOUND / 32767),
+    "affine_1": Member(links.affine(1), None, wide),
+    "affine_5_channel": Member(links.affine(5, per="channel"), None, wide / 31),
+    "affine_12_token_nearest": Member(
+      links.affine(12, per="token", stochastic=False), None, wide / 4095 / 2
+    ),
+    "affine_32": Member(links.affine(32)),
+    "weigh_affine_8": Member(
+      fp.chain(weighed, links.affine(8)), capped, 8 * wide / 255
+    ),
     "sign": Member(fp.sign(), None, 2 * BOUND),
     "rotate": Member(fp.rotate(), None, 4e-6),
     "clip_rotate_fixed_point": Member(
