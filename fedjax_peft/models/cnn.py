@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fedjax_peft.models import image as images
+from fedjax_peft.models import stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,8 @@ class CNN(nnx.Module):
 
   def __init__(self, config: CNNConfig, rngs: nnx.Rngs):
     self.config = config
+    self.crossing = nnx.data(None)
+    self.span = stage.whole(self)
 
     def chain(area, *sizes):
       pairs = itertools.pairwise(sizes)
@@ -97,15 +100,26 @@ class CNN(nnx.Module):
       else None
     )
 
-  def __call__(self, image: jax.Array) -> jax.Array:
+  part = stage.part
+
+  def stages(self) -> tuple[stage.Stage, ...]:
+    """Each convolution, with its pooling, each dense layer, and the head."""
+    config = self.config
+    names = [f"convolutions/{i}" for i in range(len(config.filters))]
+    names += [f"dense/{i}" for i in range(len(config.hidden))]
+    return tuple(stage.Stage(name, (name,)) for name in (*names, "head"))
+
+  def __call__(self, image: stage.Passed) -> stage.Passed:
     """Classifies a batch of images.
 
     Args:
       image: `[B, H, W]` or `[B, H, W, C]`, uint8, or floats in [0, 1], of the
-        size of the config; one grey channel is repeated.
+        size of the config; one grey channel is repeated. The message before
+        it if this is a part that does not begin the model.
 
     Returns:
-      Logits `[B, classes]`, or the last hidden layer if `classes` is 0.
+      Logits `[B, classes]`, or the last hidden layer if `classes` is 0; the
+      message of a part that does not end the model.
 
     Raises:
       ValueError: if the image is of another shape.
@@ -113,21 +127,33 @@ class CNN(nnx.Module):
     x = self.features(image)
     return x if self.head is None else self.head(x)
 
-  def features(self, image: jax.Array) -> jax.Array:
-    """What the head reads, `[B, hidden[-1]]`; the image as for a call."""
-    x = images.pixels(image, self.config.channels)
-    if x.shape[1:3] != (self.config.image_size,) * 2:
-      raise ValueError(
-        f"images must have {self.config.image_size} rows and columns:"
-        f" image.shape={image.shape}; set image_size"
-      )
-    x = jnp.broadcast_to(x, (*x.shape[:3], self.config.channels))
-    for layer in self.convolutions:
-      x = _halve(jax.nn.relu(layer(_windows(x, self.config.window))))
-    x = x.reshape(len(x), -1)
-    for layer in self.dense:
-      x = jax.nn.relu(layer(x))
-    return x
+  def features(self, image: stage.Passed) -> stage.Passed:
+    """What the head reads, `[B, hidden[-1]]`, or a message; as for a call."""
+    if self.span.begins:
+      x = _pixels(image, self.config)
+    else:
+      x, _ = stage.received(image)
+    visit, start = stage.arm(self), len(self.convolutions)
+    for i, layer in enumerate(self.convolutions):
+      if layer is not None:  # else it is in another part
+        x = _halve(jax.nn.relu(layer(_windows(x, self.config.window))))
+        x = stage.after(visit, i, x)
+    for i, layer in enumerate(self.dense, start):
+      if layer is not None:
+        x = jax.nn.relu(layer(x.reshape(len(x), -1)))
+        x = stage.after(visit, i, x)
+    return x if self.span.ends else stage.message(x)
+
+
+def _pixels(image, config):
+  """Images as floats [B, H, W, C], of the size of the config."""
+  x = images.pixels(image, config.channels)
+  if x.shape[1:3] != (config.image_size,) * 2:
+    raise ValueError(
+      f"images must have {config.image_size} rows and columns:"
+      f" image.shape={image.shape}; set image_size"
+    )
+  return jnp.broadcast_to(x, (*x.shape[:3], config.channels))
 
 
 def _windows(x, size):

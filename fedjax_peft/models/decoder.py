@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjax_peft.models import soft, stack
+from fedjax_peft.models import soft, stack, stage
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": jax.nn.silu,
@@ -231,6 +231,8 @@ class Decoder(nnx.Module):
     self.config = config
     self.prompt = nnx.data(None)
     self.prompt_width = config.width
+    self.crossing = nnx.data(None)
+    self.span = stage.whole(self)
     self.embeddings = Embeddings(config, rngs)
     self.layers = stack.build(
       functools.partial(Block, config), config.depth, rngs
@@ -239,46 +241,75 @@ class Decoder(nnx.Module):
     linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
     self.head = None if config.tied else linear(config.width, config.vocab)
 
+  part = stage.part
+
+  def stages(self) -> tuple[stage.Stage, ...]:
+    """The embeddings, each layer, and the head with its norm."""
+    first = stage.Stage("embeddings", ("embeddings", "prompt"))
+    reads = ("embeddings",) if self.config.tied else ()
+    last = stage.Stage("head", ("norm", "head"), reads=reads)
+    return (first, *stage.layers(self.config.depth), last)
+
   def __call__(
-    self, tokens: jax.Array, length: jax.Array | None = None
-  ) -> jax.Array:
+    self, tokens: stage.Passed, length: jax.Array | None = None
+  ) -> stage.Passed:
     """Predicts the token after each position.
 
     Args:
-      tokens: int32 `[B, T]`.
+      tokens: int32 `[B, T]`; the message before it if this is a part that does
+        not begin the model.
       length: int32 `[B]`, number of valid tokens. Padding is on the right, so
         no valid position can see it and no mask is needed; what comes out at
         padding positions means nothing.
 
     Returns:
-      Logits float32 `[B, T, V]`.
+      Logits float32 `[B, T, V]`; the message of a part that does not end the
+      model.
 
     Raises:
       ValueError: if `T` exceeds `config.window`.
     """
-    return self.unembed(self.hidden(tokens, length))
+    x = self.hidden(tokens, length)
+    return self.unembed(x) if self.span.ends else x
 
   def hidden(
-    self, tokens: jax.Array, length: jax.Array | None = None
-  ) -> jax.Array:
-    """The normalized stream `[B, T, D]`; arguments as for a call."""
+    self, tokens: stage.Passed, length: jax.Array | None = None
+  ) -> stage.Passed:
+    """The normalized stream `[B, T, D]`, or a message; as for a call."""
     del length
-    count, window = soft.count(self.prompt), self.config.window
-    if window is not None and count + tokens.shape[-1] > window:
-      raise ValueError(
-        f"attention in a sliding window of {window} tokens is not implemented:"
-        f" tokens.shape={tokens.shape}; cut texts to {window - count} tokens"
-      )
-    x = self.embeddings(tokens, self.prompt)
-    rotation = _rotation(x.shape[1], self.config)
-    keep, unroll = self.config.keep, self.config.unroll
-    x = stack.apply(self.layers, x, rotation, keep=keep, unroll=unroll)
+    visit = stage.arm(self)
+    if self.span.begins:
+      count = soft.count(self.prompt)
+      _check_window(tokens, count, self.config.window)
+      x = stage.after(visit, 0, self.embeddings(tokens, self.prompt))
+    else:
+      x, count = stage.received(tokens)
+    x = stack.apply(
+      self.layers,
+      x,
+      _rotation(x.shape[1], self.config),
+      keep=self.config.keep,
+      unroll=self.config.unroll,
+      visit=visit,
+      first=max(self.span.start, 1),
+    )
+    if not self.span.ends:
+      return stage.message(x, count)
     return self.norm(x[:, count:] if count else x)
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits float32 `[..., V]` of the stream `[..., D]`."""
     attend = self.embeddings.token.attend if self.head is None else self.head
     return _capped(attend(hidden).astype(jnp.float32), self.config.logit_cap)
+
+
+def _check_window(tokens, count, window):
+  """Refuses texts that a window would cut, after a prompt of `count`."""
+  if window is not None and count + tokens.shape[-1] > window:
+    raise ValueError(
+      f"attention in a sliding window of {window} tokens is not implemented:"
+      f" tokens.shape={tokens.shape}; cut texts to {window - count} tokens"
+    )
 
 
 def _norm(width, config, rngs):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjax_peft.models import soft, stack
+from fedjax_peft.models import soft, stack, stage
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -192,6 +192,8 @@ class Encoder(nnx.Module):
     self.config = config
     self.prompt = nnx.data(None)
     self.prompt_width = config.width
+    self.crossing = nnx.data(None)
+    self.span = stage.whole(self)
     self.embeddings = Embeddings(config, rngs)
     self.layers = stack.build(
       functools.partial(Block, config), config.depth, rngs
@@ -207,19 +209,29 @@ class Encoder(nnx.Module):
       else None
     )
 
+  part = stage.part
+
+  def stages(self) -> tuple[stage.Stage, ...]:
+    """The embeddings, each layer, and the head with pool and pooler."""
+    first = stage.Stage("embeddings", ("embeddings", "prompt"))
+    last = stage.Stage("head", ("pooler", "head"))
+    return (first, *stage.layers(self.config.depth), last)
+
   def __call__(
-    self, tokens: jax.Array, length: jax.Array | None = None
-  ) -> jax.Array:
+    self, tokens: stage.Passed, length: jax.Array | None = None
+  ) -> stage.Passed:
     """Encodes a batch of texts.
 
     Args:
-      tokens: int32 `[B, T]`, `P + T <= config.positions`.
+      tokens: int32 `[B, T]`, `P + T <= config.positions`; the message before
+        it if this is a part that does not begin the model.
       length: int32 `[B]`, number of valid tokens, the rest is padding and has
         no influence; None says that all tokens are valid, and skips the masks.
 
     Returns:
       Logits `[B, classes]`, or the pooled embedding `[B, D]` (not normalized
-      to length one) if `classes` is 0.
+      to length one) if `classes` is 0; the message of a part that does not end
+      the model.
 
     Raises:
       ValueError: if `T` exceeds the position table.
@@ -228,32 +240,65 @@ class Encoder(nnx.Module):
     return x if self.head is None else self.head(x)
 
   def features(
-    self, tokens: jax.Array, length: jax.Array | None = None
-  ) -> jax.Array:
-    """What the head reads, `[B, D]`; arguments as for a call."""
-    longest = self.config.positions - soft.count(self.prompt)
-    if tokens.shape[-1] > longest:
-      raise ValueError(
-        f"texts must have at most {longest} tokens:"
-        f" tokens.shape={tokens.shape}; truncate them"
-      )
+    self, tokens: stage.Passed, length: jax.Array | None = None
+  ) -> stage.Passed:
+    """What the head reads, `[B, D]`, or a message; arguments as for a call."""
+    if self.span.begins:
+      x, places = tokens, 0
+      _check_length(tokens, self.config.positions - soft.count(self.prompt))
+    else:
+      x, places = stage.received(tokens)
+      length = tokens.get("length")
     valid = None
     if length is not None:
-      valid = jnp.arange(tokens.shape[-1])[None] < length[:, None]  # [B, T]
-    x = self.hidden(tokens, valid)
+      count = x.shape[1] - places
+      valid = jnp.arange(count)[None] < length[:, None]  # [B, T]
+    x = self.hidden(x, valid, places)
+    if not self.span.ends:
+      more = {} if length is None else {"length": length}
+      return stage.message(x, places + soft.count(self.prompt), **more)
     x = x[:, 0] if self.config.pool == "first" else _mean(x, valid)  # [B, D]
     if self.pooler is not None:
       x = jnp.tanh(self.pooler(x))
     return x
 
-  def hidden(self, tokens: jax.Array, valid: jax.Array | None) -> jax.Array:
-    """The last block's stream `[B, T, D]`; `valid` is bool `[B, T]`."""
-    x = self.embeddings(tokens, self.prompt)
-    count = soft.count(self.prompt)
-    valid = soft.extend(valid, count)
-    keep, unroll = self.config.keep, self.config.unroll
-    x = stack.apply(self.layers, x, valid, keep=keep, unroll=unroll)
-    return x[:, count:] if count else x
+  def hidden(
+    self, tokens: jax.Array, valid: jax.Array | None, places: int = 0
+  ) -> jax.Array:
+    """The last block's stream.
+
+    Args:
+      tokens: int32 `[B, T]`; the stream `[B, places + T, D]` before this part
+        if it does not begin the model.
+      valid: bool `[B, T]`, or None if all tokens are.
+      places: of a prompt, in that stream.
+
+    Returns:
+      `[B, T, D]`, with the places of a prompt if the model does not end here.
+    """
+    x, visit = tokens, stage.arm(self)
+    if self.span.begins:
+      x = stage.after(visit, 0, self.embeddings(tokens, self.prompt))
+    count = places + soft.count(self.prompt)
+    x = stack.apply(
+      self.layers,
+      x,
+      soft.extend(valid, count),
+      keep=self.config.keep,
+      unroll=self.config.unroll,
+      visit=visit,
+      first=max(self.span.start, 1),
+    )
+    return x[:, count:] if count and self.span.ends else x
+
+
+def _check_length(tokens, longest):
+  """Refuses texts that the position table does not cover."""
+  if tokens.shape[-1] > longest:
+    raise ValueError(
+      f"texts must have at most {longest} tokens:"
+      f" tokens.shape={tokens.shape}; truncate them"
+    )
 
 
 def _norm(config, rngs):

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -25,6 +26,9 @@ KEEP = {
   "dots": _is_product,
   "none": jax.checkpoint_policies.nothing_saveable,
 }
+
+# Metadata that `peft.last` sets: how many of the first rows do not train.
+_STILL = "rows_that_stay"
 
 
 def build(
@@ -44,39 +48,81 @@ def build(
   return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
+def rows(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
+  """Blocks start to stop of a stacked module, as one; untouched.
+
+  Returns:
+    A module of the same structure; every leaf is `[stop - start, ...]`.
+  """
+  graph, state = nnx.split(layers, graph=True)
+
+  def some(leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return leaf[start:stop]
+    kind, metadata = type(leaf), dict(leaf.get_metadata())
+    still = min(metadata.pop(_STILL, 0) - start, stop - start)
+    if still > 0:
+      metadata[_STILL] = still
+    if still == stop - start:  # none of these rows trains: an empty leaf would
+      kind = nnx.Param
+      del metadata[_STILL]
+    return kind.from_metadata(leaf.get_raw_value()[start:stop], metadata)
+
+  leaves = [some(leaf) for _, leaf in nnx.to_flat_state(state)]
+  return nnx.merge(graph, leaves, copy=True)
+
+
 def apply(
-  layers: nnx.Module,
+  layers: nnx.Module | None,
   x: jax.Array,
   *shared,
   keep: str = "dots",
   unroll: bool = False,
+  visit: Callable[[int | jax.Array, jax.Array], jax.Array] | None = None,
+  first: int = 0,
 ) -> jax.Array:
   """Runs `x = block(x, *shared)` over the leading axis of `layers`.
 
   Args:
     layers: a stacked block, from `build`; its projections may since have been
-      replaced by other layers whose variables carry the same leading axis.
+      replaced by other layers whose variables carry the same leading axis;
+      None is no block.
     x: the residual stream, any shape; every block keeps shape and dtype.
     *shared: what all blocks read (masks, rotations); arrays, trees or None.
     keep: what of a block is stored for the backward pass, a key of `KEEP`.
     unroll: repeat the block in the program instead of scanning: faster on a
       CPU for few layers, but compile time grows with depth.
+    visit: (i, x) -> x, what becomes of the stream after block i; i is an int
+      if unrolled, else int32. Its values are stored for the backward pass.
+    first: number of the first block, for `visit`.
 
   Returns:
     The stream after the last block.
   """
+  if layers is None:
+    return x
   graph, state = nnx.split(layers)
+  depth = jax.tree.leaves(state)[0].shape[0]
 
   def step(x, state):
     return nnx.merge(graph, state)(x, *shared), None
 
   if keep != "all":
     step = jax.checkpoint(step, policy=KEEP[keep], prevent_cse=unroll)
-  if not unroll:
+  if unroll:
+    for i in range(depth):
+      x, _ = step(x, jax.tree.map(operator.itemgetter(i), state))
+      x = x if visit is None else visit(first + i, x)
+    return x
+  if visit is None:
     return jax.lax.scan(step, x, state)[0]
-  for i in range(jax.tree.leaves(state)[0].shape[0]):
-    x, _ = step(x, jax.tree.map(operator.itemgetter(i), state))
-  return x
+
+  def visited(x, numbered):
+    i, state = numbered
+    return visit(i, step(x, state)[0]), None
+
+  numbers = first + jnp.arange(depth, dtype=jnp.int32)
+  return jax.lax.scan(visited, x, (numbers, state))[0]
 
 
 def check(config, *positive: str):

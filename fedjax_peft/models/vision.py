@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjax_peft.models import encoder, image, soft, stack
+from fedjax_peft.models import encoder, image, soft, stack, stage
 
 _POOLS = ("first", "mean", "both")
 
@@ -123,9 +123,19 @@ class Embeddings(nnx.Module):
     self.position = table(config.leading + config.grid**2)
     self.size = config.patch
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalized pixels `[B, H, W, C]` to the stream `[B, T, D]`."""
-    x = self.patch(_patches(x, self.size))
+  def __call__(
+    self, x: jax.Array, visit: stage.Visit | None = None
+  ) -> jax.Array:
+    """Normalized pixels `[B, H, W, C]` to the stream `[B, T, D]`.
+
+    Either half may be absent in a part of a model: without the product x is
+    embedded patches `[B, grid * grid, D]`, without the tokens these are
+    returned. `visit` sees them in between.
+    """
+    if self.patch is not None:
+      x = stage.after(visit, 0, self.patch(_patches(x, self.size)))
+    if self.class_token is None:
+      return x
     first = [self.class_token[...]]
     if self.distillation_token is not None:
       first.append(self.distillation_token[...])
@@ -184,6 +194,8 @@ class ViT(nnx.Module):
     self.config = config
     self.prompt = nnx.data(None)
     self.prompt_width = config.width
+    self.crossing = nnx.data(None)
+    self.span = stage.whole(self)
     self.embeddings = Embeddings(config, rngs)
     self.layers = stack.build(
       functools.partial(Block, config), config.depth, rngs
@@ -193,17 +205,35 @@ class ViT(nnx.Module):
     self.pooler = linear(config.pooled) if config.pooler else None
     self.head = linear(config.classes) if config.classes else None
 
-  def __call__(self, image: jax.Array) -> jax.Array:
+  part = stage.part
+
+  def stages(self) -> tuple[stage.Stage, ...]:
+    """The product of patches, tokens, each layer, and the head with its norm.
+
+    A stream is smallest after the patches: tokens come without products.
+    """
+    kinds = ("class_token", "distillation_token", "registers", "position")
+    tokens = (*(f"embeddings/{kind}" for kind in kinds), "prompt")
+    return (
+      stage.Stage("patches", ("embeddings/patch",)),
+      stage.Stage("tokens", tokens),
+      *stage.layers(self.config.depth),
+      stage.Stage("head", ("norm", "pooler", "head")),
+    )
+
+  def __call__(self, image: stage.Passed) -> stage.Passed:
     """Encodes a batch of images.
 
     Args:
       image: `[B, H, W]` or `[B, H, W, C]`, uint8, or floats in [0, 1]; C is 1
         or `config.channels`, H and W are any and are stretched to
-        `config.image_size`.
+        `config.image_size`. The message before it if this is a part that does
+        not begin the model.
 
     Returns:
       Logits `[B, classes]`, or the pooled embedding `[B, config.pooled]` (not
-      normalized to length one) if `classes` is 0.
+      normalized to length one) if `classes` is 0; the message of a part that
+      does not end the model.
 
     Raises:
       ValueError: if the image is of another shape.
@@ -211,9 +241,11 @@ class ViT(nnx.Module):
     x = self.features(image)
     return x if self.head is None else self.head(x)
 
-  def features(self, image: jax.Array) -> jax.Array:
-    """What the head reads, `[B, config.pooled]`; the image as for a call."""
+  def features(self, image: stage.Passed) -> stage.Passed:
+    """What the head reads, `[B, config.pooled]`, or a message; as a call."""
     x, pool = self.hidden(image), self.config.pool
+    if not self.span.ends:
+      return x
     patches = x[:, self.config.leading + self.config.registers :]
     pooled = {
       "first": lambda: x[:, 0],
@@ -224,13 +256,30 @@ class ViT(nnx.Module):
       pooled = jnp.tanh(self.pooler(pooled))
     return pooled
 
-  def hidden(self, image: jax.Array) -> jax.Array:
-    """The normalized stream `[B, T, D]`; T is leading, registers, patches."""
-    config = self.config
-    x = self.embeddings(standardize(image, config))
-    x = soft.prepend(self.prompt, x)
-    x = stack.apply(self.layers, x, keep=config.keep, unroll=config.unroll)
-    return self.norm(x[:, soft.count(self.prompt) :])
+  def hidden(self, image: stage.Passed) -> stage.Passed:
+    """The normalized stream `[B, T, D]`, or a message; as a call.
+
+    T is leading, registers, patches.
+    """
+    config, visit, span = self.config, stage.arm(self), self.span
+    if span.begins:
+      x, count = standardize(image, config), 0
+    else:
+      x, count = stage.received(image)
+    if span.start < 2:
+      x = self.embeddings(x, visit)
+    if span.start < 2 <= span.stop:
+      x = stage.after(visit, 1, soft.prepend(self.prompt, x))
+    count += soft.count(self.prompt)
+    x = stack.apply(
+      self.layers,
+      x,
+      keep=config.keep,
+      unroll=config.unroll,
+      visit=visit,
+      first=max(span.start, 2),
+    )
+    return self.norm(x[:, count:]) if span.ends else stage.message(x, count)
 
 
 def standardize(examples: jax.Array, config: ViTConfig) -> jax.Array:
