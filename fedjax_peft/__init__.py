@@ -39,6 +39,7 @@ _PUBLIC = {
     "exchange",
   ),
   "links": (
+    "affine",
     "air",
     "clip",
     "count",
@@ -88,6 +89,7 @@ _MODULES = {
   "flops": "flops",
   "interop": "interop",
   "kernels": "kernels",
+  "links": "links",
   "losses": "losses",
   "models": "models",
   "network": "network",
@@ -97,6 +99,7 @@ _MODULES = {
   "robust": "robust",
   "rules": "rules",
   "sample": "sampling",
+  "split": "split",
   "summary": "summary",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -31,6 +31,7 @@ from fedjax_peft import (
   sampling,
   scene,
   schema,
+  splitting,
   work,
 )
 from fedjax_peft import settings as settings_lib
@@ -76,7 +77,8 @@ def build(run: schema.Config) -> Parts:
       population, run.attack.get("fraction", 0.2), seed=run.seed
     )
   rule = compose.rule_of(run)
-  model = _model(run, population, residual=rule is not None and rule.residual)
+  residual = rule is not None and rule.residual
+  model, population = _model(run, population, residual=residual)
   model = compose.model_of(run, model, population.examples)
   how = work.local(
     _rates(run),
@@ -87,7 +89,8 @@ def build(run: schema.Config) -> Parts:
     drop_remainder=run.client.drop_remainder,
   )
   server = _server(run.server, run.rounds)
-  made = compose.algorithm_of(run, population, model, how, server)
+  over = splitting if splitting.is_split(run) else compose
+  made = over.algorithm_of(run, population, model, how, server)
   if run.algorithm.get("name") == "centralized":
     population = algorithms.pooled(population)
   limited = [k for k, v in dataclasses.asdict(run.budget).items() if v]
@@ -162,8 +165,8 @@ def settings(run: schema.Config, parts: Parts) -> settings_lib.Settings:
 
 def _model(
   run: schema.Config, population: data.Population, *, residual: bool
-) -> objective.Model:
-  """The module with its adapters and its loss."""
+) -> tuple[objective.Model, data.Population]:
+  """The module with its adapters and its loss, and data as it reads them."""
   name, classes = run.model.loss, len(population.classes)
   if name == "auto":
     name = "classification" if classes else "next_token"
@@ -176,6 +179,10 @@ def _model(
       )
     options["classes"] = classes
   module = models.load(run.model.name, **options | run.model.options)
+  is_split = splitting.is_split(run)
+  if is_split:
+    population = splitting.population_of(run, module, population)
+    module = splitting.module_of(run, module, population)
   if run.model.quantize != "no":
     module = peft.quantize_base(module, run.model.quantize)
   for i, table in enumerate(run.model.peft):
@@ -188,7 +195,11 @@ def _model(
       rest = {"residual": True, **rest}
     module = config.call(method, rest, where, **given)
   loss = getattr(losses, name)
-  return objective.model(module, loss, precision=run.execution.precision)
+  if is_split:
+    module, population = splitting.remembered(run, module, population)
+    loss = splitting.loss_of(run, loss)
+  made = objective.model(module, loss, precision=run.execution.precision)
+  return made, population
 
 
 def _rates(run: schema.Config) -> Callable:

@@ -32,6 +32,7 @@ from fedjax_peft import (
 from fedjax_peft.network import topology
 
 LINKS: dict[str, Callable] = {
+  "affine": links.affine,
   "clip": links.clip,
   "air": links.air,
   "count": links.count,
@@ -77,7 +78,7 @@ _TAKEN: dict[str, tuple[str, ...]] = {
   "local_only": ("placement",),
   "reptile": ("server",),
 }
-_PLAIN = schema.Config(model=schema.Model(name=""), data={})
+PLAIN = schema.Config(model=schema.Model(name=""), data={})
 
 
 def algorithm_of(
@@ -101,10 +102,10 @@ def algorithm_of(
     given |= {
       "uplink": chain_of(run.uplink, "uplink"),
       "downlink": chain_of(run.downlink, "downlink"),
-      "placement": run.placement,
+      "placement": placement_of(run),
     }
   for taken in _TAKEN.get(name, ()):
-    if getattr(run, taken) != getattr(_PLAIN, taken):
+    if getattr(run, taken) != getattr(PLAIN, taken):
       raise ValueError(
         f"algorithm '{name}' says itself what '{taken}' is: got "
         f"{getattr(run, taken)}; leave '{taken}' out of the config"
@@ -144,6 +145,13 @@ def algorithm_of(
       )
   made = config.call(factory, options, "algorithm", **given)
   return _attacked(run, population, made)
+
+
+def placement_of(run: schema.Config) -> dict[str, str]:
+  """Where leaves live, those that say where a client is cut among them."""
+  if not run.split.cuts:
+    return dict(run.placement)
+  return {"crossing/.*": "frozen", **run.placement}
 
 
 def model_of(
@@ -205,21 +213,44 @@ def ranked(run: schema.Config, population: data.Population) -> data.Population:
   shares = run.aggregate.ranks
   if not shares:
     return population
+  where = "aggregate.ranks"
+  rank = drawn(shares, len(population), run.seed, where, 4)
+  return population.with_traits(rank=rank)
+
+
+def drawn(
+  shares: Mapping[Any, float], clients: int, seed: int, where: str, stream: int
+) -> np.ndarray:
+  """Numbers that clients have, in the shares that a config says.
+
+  Args:
+    shares: {number: share of the clients}.
+    clients: N.
+    seed: of the run.
+    where: dotted key of the table, for messages.
+    stream: apart from other draws.
+
+  Returns:
+    int64 [N].
+
+  Raises:
+    ValueError: if these are no shares of positive numbers.
+  """
   good = all(
     str(k).isdecimal() and int(k) > 0 and isinstance(v, int | float) and v >= 0
     for k, v in shares.items()
   )
   if not good or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
     raise ValueError(
-      "aggregate.ranks must be shares of the clients that sum to one, by rank: "
-      f"got {dict(shares)}; write {{4 = 0.5, 8 = 0.5}}"
+      f"{where} must be shares of the clients that sum to one: got "
+      f"{dict(shares)}; write {{4 = 0.5, 8 = 0.5}}"
     )
-  rng = np.random.default_rng([run.seed, 4])
+  rng = np.random.default_rng([seed, stream])
   edges = np.cumsum([0, *shares.values()])
-  place = rng.permutation(len(population)) / len(population)
+  place = rng.permutation(clients) / clients
   which = np.searchsorted(edges, place, side="right") - 1
   which = np.minimum(which, len(shares) - 1)
-  return population.with_traits(rank=np.array([int(k) for k in shares])[which])
+  return np.array([int(k) for k in shares])[which]
 
 
 def _reduction(run: schema.Config) -> reduce.Reduce | None:

@@ -34,11 +34,20 @@ def one_by_one(algorithm) -> Callable:
   def run(shared_args, split_args):
     common, shared, _ = shared_args
     flights, plans = split_args
+    job = algorithm.work
+    if job.lanes == "all":
+      raise ValueError(
+        "the executor 'debug' takes one client after another, but clients of "
+        "this algorithm hear of each other in every step; use 'shard_map'"
+      )
     done = []
     for d in range(plans.slot.shape[0]):
       flight, plan = jax.tree.map(lambda x, d=d: x[d], (flights, plans))
+      before = None
       for slot in np.unique(plan.slot[plan.slot >= 0]):
-        buffer = _client(algorithm.work, common, flight.group, plan, int(slot))
+        buffer, before = _client(
+          job, common, flight.group, plan, int(slot), before
+        )
         flight = flight._replace(buffer=buffer)
         flight = algorithm.absorb(common, shared, flight, jnp.array([slot]))
       # The lanes and the buffer are no part of the result.
@@ -48,8 +57,8 @@ def one_by_one(algorithm) -> Callable:
   return run
 
 
-def _client(job, common, group, plan, slot):
-  """One client's job; its buffer has one row."""
+def _client(job, common, group, plan, slot, before):
+  """One client's job: a buffer of one row, and the carry that it leaves."""
   client = int(group.clients[slot])
   sent = common.sent
   if group.source is not None:
@@ -72,6 +81,9 @@ def _client(job, common, group, plan, slot):
   s, g, t, k = np.nonzero(plan.slot == slot)
   order = np.lexsort((t, s))
   carry = stage("init", job.init, sent, common.base, local, who)
+  if job.handover is not None:
+    before = jax.tree.map(jnp.zeros_like, carry) if before is None else before
+    carry = stage("handover", job.handover, carry, before)
   stats = None
   for i, rows in enumerate(plan.rows[s, g, t, k][order]):
     examples = {
@@ -92,4 +104,4 @@ def _client(job, common, group, plan, slot):
     )
   return jax.tree.map(
     lambda x: jnp.asarray(x)[None], executor.Buffer(message, local, stats)
-  )
+  ), carry

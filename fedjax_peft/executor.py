@@ -165,7 +165,7 @@ def empty(
     batch = work.Batch(examples, jnp.ones(job.rows), key)
     client = group.client(common.key, jnp.int32(0))
     carry = job.init(sent, common.base, rows, client)
-    carry, stats = job.step(carry, sent, common.base, batch)
+    carry, stats = alone(job.step)(carry, sent, common.base, batch)
     message, local = job.finish(carry, sent)
     return Lane(carry, stats, jnp.int32(0)), Buffer(message, local, stats)
 
@@ -175,6 +175,17 @@ def empty(
     return jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), like)
 
   return zeros(shape, lane), zeros((width,), buffer)
+
+
+def alone(step: Callable) -> Callable:
+  """A step of one client, in a block of its own."""
+
+  def run(*arguments):
+    lead = jax.tree.map(lambda x: jnp.asarray(x)[None], arguments)
+    out = jax.vmap(step, axis_name=work.LANES)(*lead)
+    return jax.tree.map(lambda x: x[0], out)
+
+  return run
 
 
 def _own(sent: work.Sent, source, slot):
@@ -239,8 +250,10 @@ def segment(
     fresh = jax.vmap(job.init, (axis, None, 0, 0))(
       sent, common.base, local, clients
     )
+    if job.handover is not None:
+      fresh = jax.vmap(job.handover)(fresh, lane.carry)
     carry = tree.where(first, fresh, lane.carry)
-    carry, stats = jax.vmap(job.step, (0, axis, None, 0))(
+    carry, stats = jax.vmap(job.step, (0, axis, None, 0), axis_name=work.LANES)(
       carry, sent, common.base, batch
     )
     stats = jax.tree.map(

@@ -26,7 +26,7 @@ def function(job: work.Work):
     keys = executor.step_key(key, jnp.int32(0), job.stride)
     batch = work.Batch(rows, jnp.ones(job.rows), keys)
     carry = job.init(sent, base, own, client)
-    return job.step(carry, sent, base, batch)
+    return executor.alone(job.step)(carry, sent, base, batch)
 
   return one
 

@@ -16,19 +16,16 @@ from fedjax_peft import (
   compose,
   config,
   data,
-  factored,
+  demand,
   notes,
   objective,
-  one_step,
   plan,
   schema,
-  settings,
+  splitting,
   traffic,
-  tree,
   validate,
   work,
 )
-from fedjax_peft.algorithms import peers
 from fedjax_peft.network import (
   availability,
   clock,
@@ -39,6 +36,7 @@ from fedjax_peft.network import (
   radio,
   scenario,
   selection,
+  serving,
   station,
   steps,
   timeline,
@@ -111,6 +109,12 @@ def plan_of(
       "gossip has no server whose model moves on while clients work: got "
       f"network.clock={net.clock}; use a synchronous or deadline clock"
     )
+  if net.allocate and mixing is not None:
+    raise ValueError(
+      "gossip has no server that decides for clients: got network.allocate="
+      f"{net.allocate}; leave it out, or use another algorithm"
+    )
+  adapt = splitting.adapt_of(run, model, made.work, air, when.is_open)
   if when.is_open:  # who is at work at one time has a part of the band each
     air = multi.divided(air, when.concurrency)
   count, hears = _steps(run)
@@ -119,6 +123,9 @@ def plan_of(
   told = hears | also | ({"loss"} & select.reads)
   more = sum(notes.NOTES[name].nbytes for name in told)
   sizes = traffic.sizes(made, run.cohort.size)
+  needs = demand.needs(made.work, model, population)
+  if adapt is not None and adapt.needs is not None:
+    needs = np.full(clients, adapt.needs)
   where = world.World(
     seed=run.seed,
     examples=population.train.sizes.astype(np.int64),
@@ -128,8 +135,8 @@ def plan_of(
     distance=station.distance(
       stand, clients, places, multi.radius(air), run.seed
     ),
-    load=_load(made.work, model, population, sizes, more, mixing),
-    needs=_needs(made.work, model, population),
+    load=demand.load(made.work, model, population, sizes, more, mixing),
+    needs=needs,
     hops=[] if clustered else _hops(run, made),
     home=station.home(stand, places),
     fault=fault_of(run, len(population.classes)),
@@ -137,9 +144,22 @@ def plan_of(
     select=select,
     prices=prices_of(run),
     steps=count,
+    server=server_of(run, made.work),
+    adapt=adapt,
     recharge=net.recharge,
   )
   return timeline.plan(where, when, run.cohort.size, hears=hears)
+
+
+def server_of(run: schema.Config, job: work.Work) -> serving.Server | None:
+  """What computes the server's part of clients' steps, if there is one."""
+  if job.split is None:
+    return None
+  return serving.server(
+    run.split.server_flops,
+    shared=run.split.server == "shared",
+    waits=job.split.waits,
+  )
 
 
 def available_of(run: schema.Config) -> availability.Availability:
@@ -228,52 +248,6 @@ def fleet_of(run: schema.Config, clients: int) -> profile.Fleet:
   return profile.fleet(mix, clients, run.seed, spread=net.spread)
 
 
-def _load(job, model, population, sizes, more, mixing) -> Callable:
-  """What a round asks of clients: FLOPs of their steps, bytes both ways.
-
-  Under gossip a client sends to each of its neighbours that take part, and
-  hears from each.
-  """
-  step = one_step.flops_of(job, model.base, population.examples)
-  usual = factored.steps_of(job.local, population.train.sizes)
-
-  def load(ids, number, count):
-    count = usual[ids] if count is None else count
-    traits = {
-      k: population.traits.get(k, np.zeros(len(population)))[ids]
-      for k in job.traits
-    }
-    traits["client"] = ids
-    each = sizes(traits, number)
-    copies = 1 if mixing is None else peers.messages(mixing, ids)
-    return ledger.Load(
-      np.asarray(count, np.float64) * step,
-      each["up_bytes"] * copies + more,
-      each["down_bytes"] * copies,
-    )
-
-  return load
-
-
-def _needs(job: work.Work, model: objective.Model, population) -> np.ndarray:
-  """Bytes [N] that training takes: the base, and what a step holds.
-
-  Of smaller ranks, less: weights, gradients and reports are cut.
-  """
-  step = settings.lane_bytes(job, model.base, population.examples)
-  needs = np.full(len(population), float(tree.nbytes(model.base) + step))
-  if "rank" in job.traits:
-    rank = population.traits["rank"]
-    cut = {k: v for k, v in job.params.items() if "/lora_" in k}
-    needs -= 3 * tree.nbytes(cut) * (1 - rank / _full_rank(cut))
-  return needs
-
-
-def _full_rank(cut) -> int:
-  """The rank that the arrays have room for."""
-  return max(v.shape[-1] for k, v in cut.items() if k.endswith("lora_a"))
-
-
 def fitted(
   run: schema.Config,
   population: data.Population,
@@ -296,8 +270,9 @@ def fitted(
   rank = np.array(population.traits["rank"])
   for smaller in sorted(map(int, run.aggregate.ranks), reverse=True):
     here = population.with_traits(rank=np.minimum(rank, smaller))
-    tight = _needs(job, model, population.with_traits(rank=rank)) > memory
-    fits = _needs(job, model, here) <= memory
+    held = population.with_traits(rank=rank)
+    tight = demand.needs(job, model, held) > memory
+    fits = demand.needs(job, model, here) <= memory
     rank = np.where(tight & fits, np.minimum(rank, smaller), rank)
   return population.with_traits(rank=rank)
 

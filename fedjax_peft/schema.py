@@ -62,6 +62,59 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+  """A model whose parts compute in different places."""
+
+  ends: Table = _doc(
+    'the last stage of each part, {device = "layers/1"}, by name or number; '
+    "what is left is the part `server`. Parts called device... or home... "
+    "compute at the client; see `fedjax-peft stages`",
+    {},
+  )
+  cuts: Table = _doc(
+    "share of the clients whose device computes so many stages, {2 = 0.5, "
+    "whole = 0.5}, in place of ends; drawn with the seed",
+    {},
+  )
+  scheme: Literal[
+    "splitfed",
+    "shared_server",
+    "sequential",
+    "lockstep",
+    "one_gradient",
+    "local_loss",
+  ] = _doc(
+    "splitfed: each client has a copy of the server's parts; shared_server: "
+    "clients work one after another on the same; sequential: on the whole "
+    "model; lockstep: the server's parts take one step for all; one_gradient: "
+    "and so do the devices'; local_loss: the device has a head of its own",
+    "splitfed",
+  )
+  up: tuple[Table, ...] = _doc(
+    'links that activations cross, {link="affine", bits=8}; see uplink', ()
+  )
+  down: tuple[Table, ...] = _doc("links that their gradients cross", ())
+  bits: bool = _doc(
+    "bits of a value are each client's own, as network.allocate says, in place "
+    "of up and down (32 where it says nothing)",
+    False,
+  )
+  gradient: bool = _doc(
+    "a gradient comes back over the first cut; without (or with a cache) the "
+    "device's part must be frozen",
+    True,
+  )
+  cache: Literal["no", "float32", "bfloat16"] = _doc(
+    "compute a frozen first part once for each example, and keep it so", "no"
+  )
+  server: Literal["parallel", "shared"] = _doc(
+    "each client at work has a server of its own, or they divide one",
+    "parallel",
+  )
+  server_flops: Positive = _doc("of that server, a second", 1e13)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Client:
   """What one client does in one round."""
 
@@ -154,7 +207,8 @@ class Network:
 
   clock: Table = _doc(
     'when a round ends, {kind="deadline", seconds=60}: synchronous(timeout), '
-    "deadline(seconds, over), buffered(concurrency, buffer, together), "
+    "in_turn(), deadline(seconds, over), "
+    "buffered(concurrency, buffer, together), "
     "asynchronous(concurrency, together), periodic(concurrency, seconds)",
     {},
   )
@@ -214,6 +268,14 @@ class Network:
   steps: Table = _doc(
     'local steps of each client, {method="adaptive", first=8}: adaptive(first) '
     "by the loss, within(deadline, most, least) by its speed",
+    {},
+  )
+  allocate: Table = _doc(
+    'what the server decides in every round, {by="joint", weight=0.5}: '
+    "equal(), bandwidth() so that all finish together, cut(weight, bits, cuts, "
+    "least_cut, error_weight), joint(weight, bits, cuts, least_cut, deadline, "
+    "error_weight) with powers and shares; cuts move with split.cuts, bits "
+    "with split.bits",
     {},
   )
   prices: Table = _doc(
@@ -322,6 +384,7 @@ class Config:
     "label_flip(), sign_flip(factor), scale(factor), gaussian(sigma)",
     {},
   )
+  split: Split = _section(Split)
   client: Client = _section(Client)
   server: Server = _section(Server)
   cohort: Cohort = _section(Cohort)
@@ -330,7 +393,8 @@ class Config:
     "clip(clip_norm), weigh(by, max_weight), count(max_weight) for rules that "
     "weigh by themselves, fixed_point(bits), "
     "mask(neighbours), int8(block, stochastic), int4(block, stochastic), "
-    "quantize(bits, block, stochastic), sign(), rotate(block), "
+    "quantize(bits, block, stochastic), affine(bits, per, stochastic), sign(), "
+    "rotate(block), "
     "discount(kind, power, start) by staleness, "
     "air(snr_db, fading, threshold) adds all up in the channel, "
     "top_k(fraction), rand_k(fraction), lowrank(rank); "

@@ -93,6 +93,14 @@ def choose(
     segment: None chooses.
   """
   devices = len(jax.devices()) if devices is None else devices
+  together = {"one": 1, "all": cohort}.get(algorithm.work.lanes)
+  if together is not None:
+    if blocks != 1 or width not in (None, together):
+      raise ValueError(
+        f"clients of this algorithm work {algorithm.work.lanes} at a time, in "
+        f"one block of {together} lanes: got {blocks=} {width=}; leave both out"
+      )
+    devices, width = 1, together
   room = _room()
   most = max(1, -(-cohort // (devices * blocks)))
   if width is None:

@@ -6,7 +6,7 @@ base has no client axis in any of them.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import optax
 from fedjax_peft import objective, placement, tree, validate
 
 PyTree = Any
+LANES = "lanes"  # axis of the clients that are at work side by side
 
 
 class Sent(NamedTuple):
@@ -97,6 +98,12 @@ class Work(NamedTuple):
       the uplink: the entries that such a client trains in such a round.
     traits: names of the traits that it reads.
     cycle: rounds after which `compact` repeats itself.
+    split: what a step costs a device whose model is computed elsewhere in part
+      (`split.Split`); None: it computes everything.
+    lanes: "any", or "one": clients work one after another, each as `handover`
+      says; or "all": all at once, in one block whose axis is called `LANES`.
+    handover: (carry of a client that starts, carry of the one before it in
+      its lane) -> carry that it starts with; steps are 0 where there is none.
   """
 
   init: Callable
@@ -111,6 +118,9 @@ class Work(NamedTuple):
   compact: Callable = lambda spec, traits, round: spec
   traits: tuple[str, ...] = ()
   cycle: int = 1
+  split: Any = None
+  lanes: Literal["any", "one", "all"] = "any"
+  handover: Callable | None = None
 
   @property
   def rows(self) -> int:

@@ -66,9 +66,8 @@ def w2(options) -> dict:
   return _measure(*parts, options.seconds)
 
 
-def w2_parts(quick: bool, precision: str = "bf16", rule=None) -> tuple:
-  """The algorithm, the model and the data of W2."""
-  shape = workload.w2(quick)
+def w2_encoder(shape: workload.W2) -> nnx.Module:
+  """The model of W2, without adapters."""
   config = fp.models.encoder.EncoderConfig(
     vocab=shape.vocab,
     width=shape.width,
@@ -81,9 +80,14 @@ def w2_parts(quick: bool, precision: str = "bf16", rule=None) -> tuple:
     keep="all",
     unroll=True,
   )
-  module = fp.models.encoder.Encoder(config, nnx.Rngs(0))
+  return fp.models.encoder.Encoder(config, nnx.Rngs(0))
+
+
+def w2_parts(quick: bool, precision: str = "bf16", rule=None) -> tuple:
+  """The algorithm, the model and the data of W2."""
+  shape = workload.w2(quick)
   module = fp.peft.lora(
-    module,
+    w2_encoder(shape),
     rank=shape.rank,
     residual=rule is not None and rule.residual,
     where=r".*/(query|value)",
@@ -91,10 +95,14 @@ def w2_parts(quick: bool, precision: str = "bf16", rule=None) -> tuple:
   )
   module = fp.peft.tune(module, where=r"head/.*")
   model = fp.model(module, fp.losses.classification, precision=precision)
-  tokens, label = shape.inputs()
-  data = _population({"tokens": tokens, "label": label})
   local = fp.local(optax.sgd(shape.rate), batch=shape.batch)
-  return fp.fedavg(model, local, rule=rule), model, data
+  return fp.fedavg(model, local, rule=rule), model, w2_data(shape)
+
+
+def w2_data(shape: workload.W2) -> fp.data.Population:
+  """The data of W2."""
+  tokens, label = shape.inputs()
+  return _population({"tokens": tokens, "label": label})
 
 
 def _population(leaves) -> fp.data.Population:

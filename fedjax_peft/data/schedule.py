@@ -99,14 +99,15 @@ def pack(steps: np.ndarray, lanes: int) -> Packing:
 
   Returns:
     The packing. Ties go to the earlier client and the lower lane, so it is a
-    function of its arguments (Graham, Bounds on multiprocessing timing
-    anomalies, 1969: at most 4/3 of the optimum).
+    function of its arguments; one lane keeps the clients' order (Graham, Bounds
+    on multiprocessing timing anomalies, 1969: at most 4/3 of the optimum).
   """
   steps = np.asarray(steps, np.int64)
   lane, start = np.zeros(steps.size, np.int64), np.zeros(steps.size, np.int64)
   heap = [(0, i) for i in range(lanes)]
   load = np.zeros(lanes, np.int64)
-  for c in np.argsort(-steps, kind="stable"):
+  order = np.argsort(-steps, kind="stable") if lanes > 1 else range(steps.size)
+  for c in order:
     at, i = heap[0]
     lane[c], start[c] = i, at
     load[i] = at + steps[c]

@@ -1,5 +1,6 @@
 """The links that come with the library; see `fedjax_peft.link` for the noun."""
 
+from fedjax_peft.links.affine import affine
 from fedjax_peft.links.air import air
 from fedjax_peft.links.clipping import clip
 from fedjax_peft.links.discounting import discount, staleness_weight
@@ -13,6 +14,7 @@ from fedjax_peft.links.quantizing import (
   quantize,
   sign,
 )
+from fedjax_peft.links.restricting import only
 from fedjax_peft.links.rotating import rotate
 from fedjax_peft.links.sparsifying import rand_k, top_k
 from fedjax_peft.links.weighing import Counted, Weighed, count, weigh
@@ -20,6 +22,7 @@ from fedjax_peft.links.weighing import Counted, Weighed, count, weigh
 __all__ = [
   "Counted",
   "Weighed",
+  "affine",
   "air",
   "clip",
   "count",
@@ -30,6 +33,7 @@ __all__ = [
   "int8",
   "lowrank",
   "mask",
+  "only",
   "quantize",
   "rand_k",
   "rotate",

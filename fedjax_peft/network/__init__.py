@@ -30,6 +30,7 @@ __all__ = [
   "radio",
   "scenario",
   "selection",
+  "serving",
   "spell",
   "station",
   "steps",

@@ -1,7 +1,8 @@
 """Clocks: when a round ends, and whose reports are in it.
 
 Two kinds. In a closed round everybody asked starts together, and what comes
-too late is lost: synchronous rounds, deadlines, over-selection. In an open one
+too late is lost: synchronous rounds, deadlines, over-selection; or clients
+take turns, and the round is over when the last had its own. In an open one
 a number of clients is always at work, and the model moves on when enough have
 reported (a buffer, FedBuff; of one, FedAsync) or when time is up
 (semi-synchronous); late reports count, by how stale they are.
@@ -10,6 +11,7 @@ reported (a buffer, FedBuff; of one, FedAsync) or when time is up
 | --- | --- | --- |
 | `synchronous` | all have reported | McMahan et al., arXiv 1602.05629 |
 | `deadline` | enough have, or time is up | Bonawitz et al., arXiv 1902.01046 |
+| `in_turn` | each has, one after another | Gupta, Raskar, arXiv 1810.06060 |
 | `buffered` | so many have | Nguyen et al., FedBuff, arXiv 2106.06639 |
 | `asynchronous` | one has | Xie et al., FedAsync, arXiv 1903.03934 |
 | `periodic` | time is up | semi-synchronous |
@@ -35,6 +37,8 @@ class Clock(NamedTuple):
     buffer: reports that end an open round; 0 = only time does.
     together: rounds that are trained side by side where they do not depend on
       each other, at most (`together.together`).
+    serial: whether in a closed round a client begins when the one before it
+      has reported or was lost.
   """
 
   name: str
@@ -43,6 +47,7 @@ class Clock(NamedTuple):
   concurrency: int = 0
   buffer: int = 0
   together: int = 1
+  serial: bool = False
 
   @property
   def is_open(self) -> bool:
@@ -77,6 +82,16 @@ def deadline(seconds: float = math.inf, *, over: float = 0.3) -> Clock:
       f"over must be at least 0, got {over=}; 0.3 asks 30 % more"
     )
   return Clock(f"deadline({seconds:g}, {over:g})", over=over, seconds=seconds)
+
+
+def in_turn() -> Clock:
+  """Clients of a round work one after another, each with all of the band.
+
+  So it is where a client goes on from what the one before it left, as in split
+  learning with one server. The server hears one before it asks the next, and
+  waits for everybody.
+  """
+  return Clock("in_turn", serial=True)
 
 
 def buffered(*, concurrency: int, buffer: int, together: int = 1) -> Clock:
@@ -128,6 +143,7 @@ CLOCKS: dict[str, Callable[..., Clock]] = {
   "asynchronous": asynchronous,
   "buffered": buffered,
   "deadline": deadline,
+  "in_turn": in_turn,
   "periodic": periodic,
   "synchronous": synchronous,
 }
@@ -140,7 +156,8 @@ def close(
 
   Args:
     clock: of closed rounds.
-    seconds: float64 [C], from its start until each has reported or was lost.
+    seconds: float64 [C], from its start until each has reported or was lost;
+      where clients take turns, from each one's own start.
     arrived: bool [C], whether the report comes at all.
     wanted: how many reports are enough.
 
@@ -148,6 +165,8 @@ def close(
     (bool [C], whose reports are used; seconds of the round). Of reports that
     come at the same time, the earlier places are used.
   """
+  if clock.serial:
+    return arrived, float(seconds[np.isfinite(seconds)].sum())
   used = arrived & (seconds <= clock.seconds)
   if clock.over:
     there = np.flatnonzero(used)

@@ -17,6 +17,7 @@ for each client and one more: every model in it has a client at work or one
 that reports in this round.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from fedjax_peft import plan as plan_lib
+from fedjax_peft.network import adaptation, ledger, phases
 from fedjax_peft.network import clock as clock_lib
-from fedjax_peft.network import ledger, phases
 from fedjax_peft.network import world as world_lib
 
 Memory = dict[str, np.ndarray]
@@ -39,7 +40,8 @@ def start(world: world_lib.World, clock: clock_lib.Clock) -> Memory:
 
   `work/client`: -1 = free. `work/version`: the round whose model it started
   from. `work/began`, `work/ends`: seconds. `pool/version`: the round whose
-  model each place of the pool holds, -1 = none.
+  model each place of the pool holds, -1 = none. `work/send`: watts of the
+  machine while it sends, where that is decided.
   """
   size = clock.concurrency
   memory = world_lib.start(world)
@@ -50,18 +52,38 @@ def start(world: world_lib.World, clock: clock_lib.Clock) -> Memory:
     "work/began": np.zeros(size),
     "work/ends": np.full(size, np.inf),
     "work/steps": np.zeros(size, np.int64),
-    "work/flops": np.zeros(size),
-    "work/up": np.zeros(size, np.int64),
-    "work/down": np.zeros(size, np.int64),
     "pool/version": np.full(size + 1, _FREE, np.int64),
   }
+  for name in _loads(world):
+    kind = "int64" if name in ("up", "down") else "float64"
+    memory[f"work/{name}"] = np.zeros(size, kind)
+  for name in _parts(world):
+    memory[f"work/part/{name}"] = np.zeros(size)
   for kind in ("planned", "happened"):
     for name, value in zeros._asdict().items():
       memory[f"work/{kind}/{name}"] = np.array(value)
   none = np.zeros(0, np.int64)
-  for name in world.fault.traits(none, 0, world.seed):
+  for name in (*world.fault.traits(none, 0, world.seed), *_decided(world)):
     memory[f"work/trait/{name}"] = np.zeros(size, np.int32)
+  if world.adapt is not None:
+    memory["work/send"] = np.zeros(size)
   return memory
+
+
+def _decided(world: world_lib.World) -> tuple[str, ...]:
+  """Traits that are decided when a client starts."""
+  return () if world.adapt is None else world.adapt.traits
+
+
+def _loads(world: world_lib.World) -> tuple[str, ...]:
+  """Fields of a load that are remembered."""
+  whole = ("flops", "up", "down")
+  return whole if world.server is None else ledger.Load._fields
+
+
+def _parts(world: world_lib.World) -> tuple[str, ...]:
+  """Parts of the steps that are remembered."""
+  return () if world.server is None else phases.Parts._fields
 
 
 def turns(world: world_lib.World, clock: clock_lib.Clock):
@@ -113,15 +135,20 @@ def _turn(world, memory, number, seconds, reports, lost, keep, version):
   both = _joined([reports, lost])
   ids = both["work/client"]
   used = np.arange(ids.size) < reports["work/client"].size
+  parts = [both[f"work/part/{name}"] for name in _parts(world)]
+  machines = world.fleet.take(ids)
+  if world.adapt is not None:
+    machines = dataclasses.replace(machines, send=both["work/send"])
   costs = ledger.charge(
     ids,
-    ledger.Load(both["work/flops"], both["work/up"], both["work/down"]),
+    ledger.Load(*(both[f"work/{name}"] for name in _loads(world))),
     _phases(both, "planned"),
     _phases(both, "happened"),
-    world.fleet.take(ids),
+    machines,
     world.prices,
     used=used,
     began=both["work/began"],
+    parts=phases.Parts(*parts) if parts else None,
   )
   memory, record = world_lib.settle(world, memory, costs, number, seconds)
   stale = number - reports["work/version"]
@@ -134,6 +161,7 @@ def _turn(world, memory, number, seconds, reports, lost, keep, version):
   traits |= {
     k.removeprefix(prefix): v for k, v in reports.items() if prefix in k
   }
+  record |= adaptation.record({k: traits[k] for k in _decided(world)})
   turn = plan_lib.Turn(
     clients=chosen,
     nodes=memory["nodes"][chosen] if "nodes" in memory else None,
@@ -176,14 +204,18 @@ def _fill(world, memory, number, told, tried, again, until):
     "work/began": now,
     "work/ends": now + np.where(np.isfinite(took), took, 0.0) + noticed,
     "work/steps": 0 if what.steps is None else what.steps,
-    "work/flops": what.load.flops,
-    "work/up": what.load.up,
-    "work/down": what.load.down,
   }
+  for name in _loads(world):
+    new[f"work/{name}"] = getattr(what.load, name)
+  for name in _parts(world):
+    new[f"work/part/{name}"] = getattr(what.parts, name)
   for kind in ("planned", "happened"):
     for name, value in getattr(what, kind)._asdict().items():
       new[f"work/{kind}/{name}"] = value
-  for name, value in world.fault.traits(ids, number, world.seed).items():
+  if world.adapt is not None:
+    new["work/send"] = what.machines.send
+  traits = world.fault.traits(ids, number, world.seed) | dict(what.traits)
+  for name, value in traits.items():
     new[f"work/trait/{name}"] = value
   for name, value in new.items():
     memory[name][at] = value

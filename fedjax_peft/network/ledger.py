@@ -4,6 +4,9 @@ Bytes are those of the arrays that cross (`traffic`), FLOPs those of the
 products in a client's steps (`flops`). Seconds, joules, dollars and grams of
 CO2 follow from them, the machines and the links. Totals are sums over the
 rows, never computed beside them.
+
+Where a server computes a part of each step, what crosses in the midst of steps
+is charged like all that crosses, and is told apart in columns of its own.
 """
 
 from collections.abc import Mapping
@@ -21,14 +24,21 @@ class Load(NamedTuple):
   """What a round asks of clients; axis C.
 
   Attributes:
-    flops: float64 [C], operations of all local steps.
+    flops: float64 [C], operations of all local steps on the device.
     up: int64 [C], bytes of the message.
     down: int64 [C], bytes of the model.
+    stream_up: float64 [C], bytes that cross in the midst of all local steps;
+      0, as those below, where the device computes everything.
+    stream_down: float64 [C], likewise.
+    server: float64 [C], operations of all local steps elsewhere.
   """
 
   flops: np.ndarray
   up: np.ndarray
   down: np.ndarray
+  stream_up: np.ndarray | float = 0.0
+  stream_down: np.ndarray | float = 0.0
+  server: np.ndarray | float = 0.0
 
 
 class Prices(NamedTuple):
@@ -48,6 +58,31 @@ class Prices(NamedTuple):
 FREE = Prices()
 
 
+class Streamed(NamedTuple):
+  """What the part of a server in clients' steps took; axis C.
+
+  Attributes:
+    stream_up_bytes: int64 [C], of `Costs.up_bytes`, activations and labels.
+    stream_down_bytes: int64 [C], of `Costs.down_bytes`, gradients.
+    stream_up_seconds: float64 [C], sending them.
+    stream_down_seconds: float64 [C], receiving them.
+    wait_seconds: float64 [C], idling while the server computes.
+    server_flops: float64 [C], computed for the client.
+  """
+
+  stream_up_bytes: np.ndarray
+  stream_down_bytes: np.ndarray
+  stream_up_seconds: np.ndarray
+  stream_down_seconds: np.ndarray
+  wait_seconds: np.ndarray
+  server_flops: np.ndarray
+
+  @property
+  def seconds(self) -> np.ndarray:
+    """float64 [C], of all parts."""
+    return self.stream_up_seconds + self.stream_down_seconds + self.wait_seconds
+
+
 class Costs(NamedTuple):
   """What clients spent in a round; axis C.
 
@@ -57,12 +92,12 @@ class Costs(NamedTuple):
     lost: int8 [C], the phase in which it was lost (see `phases`), 0 = none.
     began_seconds: float64 [C], simulated time at which it began.
     down_seconds: float64 [C], until it had the model.
-    compute_seconds: float64 [C].
-    up_seconds: float64 [C].
+    compute_seconds: float64 [C], computing on the device.
+    up_seconds: float64 [C], sending its message.
     delay_seconds: float64 [C], between its upload and the server's receipt.
     down_bytes: int64 [C], over its link.
     up_bytes: int64 [C], over its link; copies count.
-    flops: float64 [C], computed.
+    flops: float64 [C], computed on the device.
     receive_joules: float64 [C].
     compute_joules: float64 [C].
     send_joules: float64 [C].
@@ -70,6 +105,7 @@ class Costs(NamedTuple):
     traffic_dollars: float64 [C].
     request_dollars: float64 [C].
     grams: float64 [C], CO2.
+    stream: what a server's part took; None where the device does it all.
   """
 
   client: np.ndarray
@@ -90,11 +126,13 @@ class Costs(NamedTuple):
   traffic_dollars: np.ndarray
   request_dollars: np.ndarray
   grams: np.ndarray
+  stream: Streamed | None = None
 
   @property
   def seconds(self) -> np.ndarray:
-    """float64 [C], busy: download, compute and upload."""
-    return self.down_seconds + self.compute_seconds + self.up_seconds
+    """float64 [C], busy: download, compute, upload, and all of a stream."""
+    own = self.down_seconds + self.compute_seconds + self.up_seconds
+    return own if self.stream is None else own + self.stream.seconds
 
   @property
   def joules(self) -> np.ndarray:
@@ -108,11 +146,15 @@ class Costs(NamedTuple):
 
   def rows(self, index) -> "Costs":
     """Some of the clients, by place or mask."""
-    return Costs(*(x[index] for x in self))
+    columns = {k: v for k, v in self._asdict().items() if k != "stream"}
+    stream = self.stream and Streamed(*(x[index] for x in self.stream))
+    return Costs(**{k: v[index] for k, v in columns.items()}, stream=stream)
 
   def table(self) -> dict[str, np.ndarray]:
     """Columns for a file, one row a client."""
-    return self._asdict()
+    table = self._asdict()
+    stream = table.pop("stream")
+    return table if stream is None else table | stream._asdict()
 
 
 def charge(
@@ -125,12 +167,13 @@ def charge(
   *,
   used: np.ndarray | bool = True,
   began: np.ndarray | float = 0.0,
+  parts: phases_lib.Parts | None = None,
 ) -> Costs:
   """What clients spend in a round.
 
   Of a phase in which the message is lost, only the part that passed is paid
-  for; of later phases nothing. Time that a client spends waiting for others
-  is its own and costs nothing here; energy is that above idling.
+  for; of later phases nothing. Time that a client spends waiting for others,
+  or for a server in the midst of a step, is idling; energy is that above it.
 
   Args:
     ids: int [C].
@@ -141,11 +184,58 @@ def charge(
     prices: of traffic and requests.
     used: whether the server used each report.
     began: simulated time at which each began, in seconds.
+    parts: how long the parts of their steps take as planned, where a server
+      has one of them.
   """
-  spent = happened.spent
+  down, work, up = _passed(planned, happened)
+  down_bytes = np.rint(load.down * down).astype(np.int64)
+  up_bytes = np.rint(load.up * up).astype(np.int64)
+  up_bytes *= np.where(happened.lost == phases_lib.ARRIVES, happened.copies, 1)
+  seconds = phases_lib.Spent(*map(_finite, happened.spent))
+  active, stream = seconds, None
+  if parts is not None:
+    took = parts.within(seconds.compute)
+    stream = _streamed(load, work, took)
+    down_bytes += stream.stream_down_bytes
+    up_bytes += stream.stream_up_bytes
+    seconds = seconds._replace(compute=took.device)
+    active = phases_lib.Spent(
+      seconds.down + took.down, took.device, seconds.up + took.up
+    )
+  watts = (machines.receive, machines.compute, machines.send)
+  # Waiting for the next phase is idling, which a device does anyway.
+  joules = [
+    np.maximum(w - machines.idle, 0.0) * s
+    for w, s in zip(watts, active, strict=True)
+  ]
+  full = np.ones(len(ids))
+  return Costs(
+    client=np.asarray(ids, np.int64),
+    used=np.broadcast_to(np.asarray(used, bool), full.shape),
+    lost=happened.lost,
+    began_seconds=full * began,
+    down_seconds=seconds.down,
+    compute_seconds=seconds.compute,
+    up_seconds=seconds.up,
+    delay_seconds=_finite(happened.delay),
+    down_bytes=down_bytes,
+    up_bytes=up_bytes,
+    flops=load.flops * work,
+    receive_joules=joules[0],
+    compute_joules=joules[1],
+    send_joules=joules[2],
+    compute_dollars=machines.price_hour * seconds.compute / 3600,
+    traffic_dollars=prices.gigabyte * (down_bytes + up_bytes) / 1e9,
+    request_dollars=full * prices.request,
+    grams=machines.carbon * sum(joules) / _JOULES_OF_KWH,
+    stream=stream,
+  )
+
+
+def _passed(planned, happened):
+  """The fraction of each phase that passed, three float64 [C]."""
 
   def part(phase, before, after):
-    """The fraction of a phase that passed, float64 [C]."""
     share = happened.reaches(phase).astype(np.float64)
     at = np.flatnonzero(happened.lost == phase)
     before, after = before[at], after[at]
@@ -154,39 +244,22 @@ def charge(
     share[at] = np.where(np.isfinite(passed), np.clip(passed, 0, 1), 0.0)
     return share
 
-  down = part(phases_lib.DOWN, planned.down, happened.down)
-  work = part(phases_lib.COMPUTE, planned.compute, happened.compute)
-  up = part(phases_lib.UP, planned.up, happened.up)
-  down_bytes = np.rint(load.down * down).astype(np.int64)
-  up_bytes = np.rint(load.up * up).astype(np.int64)
-  up_bytes *= np.where(happened.lost == phases_lib.ARRIVES, happened.copies, 1)
-  seconds = [_finite(x) for x in spent]
-  watts = (machines.receive, machines.compute, machines.send)
-  # Waiting for the next phase is idling, which a device does anyway.
-  joules = [
-    np.maximum(w - machines.idle, 0.0) * s
-    for w, s in zip(watts, seconds, strict=True)
-  ]
-  full = np.ones(len(ids))
-  return Costs(
-    client=np.asarray(ids, np.int64),
-    used=np.broadcast_to(np.asarray(used, bool), full.shape),
-    lost=happened.lost,
-    began_seconds=full * began,
-    down_seconds=seconds[0],
-    compute_seconds=seconds[1],
-    up_seconds=seconds[2],
-    delay_seconds=_finite(happened.delay),
-    down_bytes=down_bytes,
-    up_bytes=up_bytes,
-    flops=load.flops * work,
-    receive_joules=joules[0],
-    compute_joules=joules[1],
-    send_joules=joules[2],
-    compute_dollars=machines.price_hour * seconds[1] / 3600,
-    traffic_dollars=prices.gigabyte * (down_bytes + up_bytes) / 1e9,
-    request_dollars=full * prices.request,
-    grams=machines.carbon * sum(joules) / _JOULES_OF_KWH,
+  return (
+    part(phases_lib.DOWN, planned.down, happened.down),
+    part(phases_lib.COMPUTE, planned.compute, happened.compute),
+    part(phases_lib.UP, planned.up, happened.up),
+  )
+
+
+def _streamed(load, work, took):
+  """What crosses in the midst of steps, of which a fraction [C] was done."""
+  return Streamed(
+    stream_up_bytes=np.rint(load.stream_up * work).astype(np.int64),
+    stream_down_bytes=np.rint(load.stream_down * work).astype(np.int64),
+    stream_up_seconds=took.up,
+    stream_down_seconds=took.down,
+    wait_seconds=took.server,
+    server_flops=load.server * work,
   )
 
 
@@ -201,6 +274,10 @@ def total(costs: Costs, prefix: str = "device") -> dict[str, float]:
   Args:
     costs: of the round.
     prefix: of the names.
+
+  Returns:
+    {name: sum}; where a server has a part in steps also what crossed in their
+    midst, and `server/flops`.
   """
   names = (
     *("down_bytes", "up_bytes", "flops"),
@@ -218,6 +295,11 @@ def total(costs: Costs, prefix: str = "device") -> dict[str, float]:
   }
   for name in ("down_bytes", "up_bytes"):
     found[f"{prefix}/{name}"] = int(found[f"{prefix}/{name}"])
+  if costs.stream is not None:
+    for name in ("stream_down_bytes", "stream_up_bytes"):
+      found[f"{prefix}/{name}"] = int(getattr(costs.stream, name).sum())
+    found[f"{prefix}/wait_seconds"] = costs.stream.wait_seconds.sum()
+    found["server/flops"] = costs.stream.server_flops.sum()
   return found
 
 

@@ -120,6 +120,9 @@ def links(
   number: int,
   seed: int,
   now: float,
+  *,
+  share: np.ndarray | None = None,
+  watts: np.ndarray | None = None,
 ) -> radio_lib.Signal:
   """The links of clients, of whatever kind they are.
 
@@ -131,14 +134,26 @@ def links(
     number: the round.
     seed: of the run.
     now: simulated seconds.
+    share: of the band of one radio; see `radio.signal`.
+    watts: with which clients send over one radio.
+
+  Raises:
+    ValueError: if a share or a power is given where there is not one radio.
   """
+  if isinstance(how, radio_lib.Radio):
+    return radio_lib.signal(
+      how, distance, ids, number, seed, share=share, watts=watts
+    )
+  if share is not None or watts is not None:
+    raise ValueError(
+      "a band is divided and powers are chosen on one radio: got a "
+      f"{type(how).__name__}; leave share and watts out"
+    )
   if isinstance(how, Multi):
     return signal(how, distance, ids, number, seed)
-  if isinstance(how, trace.Trace):
-    up, down = how.rates(ids, now)
-    on = np.logical_and(up > 0, down > 0)
-    return radio_lib.Signal(up, down, np.zeros(on.shape, bool), on)
-  return radio_lib.signal(how, distance, ids, number, seed)
+  up, down = how.rates(ids, now)
+  on = np.logical_and(up > 0, down > 0)
+  return radio_lib.Signal(up, down, np.zeros(on.shape, bool), on)
 
 
 def calm(how: Links) -> Links:
@@ -151,6 +166,19 @@ def calm(how: Links) -> Links:
 def _calm(one: radio_lib.Radio) -> radio_lib.Radio:
   """One radio without fading and outages."""
   return one._replace(fading="none", p_gb=0.0, sharing="own")
+
+
+def unicast(how: Links) -> Links:
+  """The same where what goes down is another thing for each client.
+
+  What a broadcast sends to all at once is the model; gradients are not.
+  """
+  if isinstance(how, trace.Trace):
+    return how
+  if isinstance(how, Multi):
+    parts = tuple(one._replace(broadcast=False) for one in how.radios)
+    return how._replace(radios=parts)
+  return how._replace(broadcast=False)
 
 
 def divided(how: Links, clients: int) -> Links:

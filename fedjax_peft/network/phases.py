@@ -29,6 +29,39 @@ class Spent(NamedTuple):
   up: np.ndarray
 
 
+class Parts(NamedTuple):
+  """What the compute phase is made of where a server has a part; axis C.
+
+  A client computes its part of a step, sends activations up, waits for the
+  server, and gets gradients down; here all steps are taken together.
+
+  Attributes:
+    device: float64 [C], seconds in which it computes itself.
+    up: float64 [C], sends what its part hands on.
+    server: float64 [C], waits while the server computes for it.
+    down: float64 [C], gets what comes back.
+  """
+
+  device: np.ndarray
+  up: np.ndarray
+  server: np.ndarray
+  down: np.ndarray
+
+  @property
+  def seconds(self) -> np.ndarray:
+    """Of the whole phase, float64 [C]: one part after another."""
+    return self.device + self.up + self.server + self.down
+
+  def within(self, seconds: np.ndarray) -> "Parts":
+    """The parts of a phase that took another time: all as much longer."""
+    whole = self.seconds
+    some = (whole > 0) & np.isfinite(whole)
+    scale = seconds / np.where(some, whole, 1.0)
+    parts = [np.where(some, x, 0.0) * scale for x in self]
+    # A phase of which nothing is known is the device's own.
+    return Parts(np.where(some, parts[0], seconds), *parts[1:])
+
+
 class Phases(NamedTuple):
   """One round of the clients of a cohort; axis C.
 
@@ -127,6 +160,17 @@ def timed(
   return Phases(
     **full, lost=np.zeros(shape, np.int8), copies=np.ones(shape, np.int64)
   )
+
+
+def transfer(size: ArrayLike, rate: ArrayLike) -> np.ndarray:
+  """Float64 [C], seconds that bytes take at bits per second.
+
+  Nothing takes no time, even on a link without a rate; all else takes for ever
+  there.
+  """
+  size, rate = np.asarray(size, np.float64), np.asarray(rate, np.float64)
+  with np.errstate(divide="ignore", invalid="ignore"):
+    return np.where(size > 0, size * 8.0 / rate, 0.0)
 
 
 def lose(round: Phases, where: ArrayLike, moment: ArrayLike) -> Phases:

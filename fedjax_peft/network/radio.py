@@ -8,7 +8,7 @@ how many share the band) and of nothing else.
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -171,6 +171,9 @@ def signal(
   ids: npt.ArrayLike,
   number: int,
   seed: int,
+  *,
+  share: np.ndarray | None = None,
+  watts: np.ndarray | None = None,
 ) -> Signal:
   """The links of the clients that take part in a round.
 
@@ -180,18 +183,41 @@ def signal(
     ids: integers [C].
     number: the round.
     seed: of the run.
+    share: float64 [C], of the band on the way up; None is as `sharing` says.
+    watts: float64 [C], radiated by each; None is the radio's power.
 
   Returns:
     A Signal. Clients whose link is off take no part of the band and do not
-    slow the broadcast down.
+    slow the broadcast down; who has a share of 0 sends nothing.
+
+  Raises:
+    ValueError: if these are no shares of one band, or the rate is constant.
   """
   ids = np.asarray(ids)
   on = ~onoff.is_bad(seed, number, ids, radio.p_gb, radio.p_bg)
   sharers = max(int(on.sum()), 1) if radio.sharing == "equal" else 1
+  width, power, sends = _chosen(radio, on, sharers, share, watts)
   mean, faded = gains(radio, distance, ids, number, seed)
-  up, down = _rates(radio, faded, on, sharers)
-  tries, lost = _tries(radio, mean, ids, number, seed, sharers)
-  return Signal(np.where(on, up / tries, 0), np.where(on, down, 0), lost, on)
+  up, down = _rates(radio, faded, on, sharers, width, power)
+  tries, lost = _tries(radio, mean, ids, number, seed, width, power)
+  return Signal(np.where(sends, up / tries, 0), np.where(on, down, 0), lost, on)
+
+
+def _chosen(radio: Radio, on: np.ndarray, sharers: int, share, watts):
+  """(Hz, watts, whether they send at all) of clients, numbers or [C]."""
+  width: Any = radio.bandwidth / sharers
+  power: Any = channel.watts(radio.power) if watts is None else watts
+  if share is None:
+    return width, power, on
+  total = float(np.sum(share)) if np.all(share >= 0) else math.nan
+  if radio.sharing != "equal" or radio.up is not None or not total < 1 + 1e-9:
+    raise ValueError(
+      "shares of one band are at least 0 and sum to one, and rates follow from "
+      f"them: got a sum of {total:.6g} with sharing={radio.sharing!r} "
+      f"up={radio.up}; share=None divides it equally"
+    )
+  sends = on & (share > 0)
+  return np.where(sends, share, 1.0) * radio.bandwidth, power, sends
 
 
 def gains(
@@ -215,21 +241,21 @@ def gains(
   return mean, mean
 
 
-def _noise(radio: Radio) -> float:
+def noise_of(radio: Radio) -> float:
   """W/Hz, interference included."""
   return channel.NOISE + radio.interference / radio.bandwidth
 
 
 def _rates(
-  radio: Radio, faded: np.ndarray, on: np.ndarray, sharers: int
+  radio: Radio, faded: np.ndarray, on: np.ndarray, sharers: int, width, power
 ) -> tuple[np.ndarray, np.ndarray]:
   """(up, down) in bits per second, before anything is lost."""
   if radio.up is not None and radio.down is not None:
     shared = 1 if radio.broadcast else sharers
     full = np.ones(on.shape)
     return full * (radio.up / sharers), full * (radio.down / shared)
-  noise, share = _noise(radio), radio.bandwidth / sharers
-  up = channel.rate(share, channel.watts(radio.power), faded, noise=noise)
+  noise, share = noise_of(radio), radio.bandwidth / sharers
+  up = channel.rate(width, power, faded, noise=noise)
   station = channel.watts(radio.station_power)
   if radio.broadcast:
     weakest = np.min(faded, where=on, initial=np.inf)
@@ -240,14 +266,13 @@ def _rates(
 
 
 def _tries(
-  radio: Radio, mean: np.ndarray, ids: np.ndarray, number, seed, sharers: int
+  radio: Radio, mean: np.ndarray, ids: np.ndarray, number, seed, width, power
 ) -> tuple[np.ndarray, np.ndarray]:
   """(how often a message is sent, whether it is lost even so) [C]."""
   q: float | np.ndarray = radio.loss
   if radio.packet_m:
-    share, power = radio.bandwidth / sharers, channel.watts(radio.power)
     error = channel.packet_error(
-      share, power, mean, m=radio.packet_m, noise=_noise(radio)
+      width, power, mean, m=radio.packet_m, noise=noise_of(radio)
     )
     q = 1 - (1 - q) * (1 - error)
   elif not q:

@@ -1,18 +1,19 @@
 """Timelines: a world and a clock make a plan of rounds.
 
-Closed rounds begin together; in open ones clients are at work while the
-model moves. What is planned depends on the seed and on what clients told, not
-on lanes, devices or how the run was interrupted.
+Closed rounds begin together, or clients take turns in them; in open ones they
+are at work while the model moves. What is planned depends on the seed and on
+what clients told, not on lanes, devices or how the run was interrupted.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fedjax_peft import plan as plan_lib
+from fedjax_peft.network import adaptation, flight, ledger, together
 from fedjax_peft.network import clock as clock_lib
-from fedjax_peft.network import flight, ledger, together
 from fedjax_peft.network import world as world_lib
 
 
@@ -51,6 +52,8 @@ def plan(
     )
   hears = hears | ({"loss"} & world.select.reads)
   if clock.is_open:
+    if world.server is not None:  # who is at work at one time shares it
+      world = world._replace(server=world.server.among(clock.concurrency))
     turn, pool = flight.turns(world, clock), clock.concurrency + 1
     init = flight.start(world, clock)
   else:
@@ -77,7 +80,8 @@ def _most(world, clock, wanted):
 
 
 def _closed(world, clock, wanted):
-  """Rounds that begin together."""
+  """Rounds that begin together, or in which clients take turns."""
+  happen = _in_turn if clock.serial else _at_once
 
   def turn(memory: dict, number: int, told: Mapping[str, Any]):
     memory = world_lib.moved(world, world_lib.heard(memory, told), number)
@@ -89,7 +93,7 @@ def _closed(world, clock, wanted):
       )
     )
     later = memory | {"now": np.asarray(memory["now"] + waited)}
-    what = world_lib.happen(world, later, ids, number)
+    what, began = happen(world, later, ids, number)
     used, seconds = clock_lib.close(
       clock, what.happened.seconds, what.happened.arrived, wanted
     )
@@ -103,19 +107,60 @@ def _closed(world, clock, wanted):
       what.machines,
       world.prices,
       used=used,
-      began=float(later["now"]),
+      began=began,
+      parts=what.parts,
     )
     memory, record = world_lib.settle(
       world, memory, costs, number, seconds + waited
     )
     chosen = ids[used].astype(np.int32)
+    decided = {k: v[used] for k, v in what.traits.items()}
     return plan_lib.Turn(
       clients=chosen,
       nodes=memory["nodes"][chosen] if "nodes" in memory else None,
       steps=None if what.steps is None else what.steps[used],
-      traits=world.fault.traits(chosen, number, world.seed),
-      record=record,
+      traits=world.fault.traits(chosen, number, world.seed) | decided,
+      record=record | adaptation.record(decided, what.band),
       table=costs.table(),
     ), memory
 
   return turn
+
+
+def _at_once(world, memory, ids, number):
+  """What happens to clients that begin together, and when they do."""
+  return world_lib.happen(world, memory, ids, number), float(memory["now"])
+
+
+def _in_turn(world, memory, ids, number):
+  """What happens to clients that take turns, and when each begins [C].
+
+  Each is alone with the band and the server, and meets the links of its time.
+  """
+  if not ids.size:
+    return _at_once(world, memory, ids, number)
+  now, found, began = float(memory["now"]), [], []
+  for at in range(ids.size):
+    then = memory | {"now": np.asarray(now)}
+    what = world_lib.happen(world, then, ids[at : at + 1], number)
+    found.append(what)
+    began.append(now)
+    took = float(what.happened.seconds[0])
+    now += took if np.isfinite(took) else 0.0
+  names = world_lib.Happened._fields[1:]
+  rows = (_rows([getattr(what, name) for what in found]) for name in names)
+  send = _rows([what.machines.send for what in found])
+  machines = dataclasses.replace(world.fleet.take(ids), send=send)
+  return world_lib.Happened(machines, *rows), np.array(began)
+
+
+def _rows(each):
+  """Arrays, tuples or tables of arrays, or nothing, one after another."""
+  if each[0] is None:
+    return None
+  if isinstance(each[0], np.ndarray):
+    return np.concatenate(each)
+  if isinstance(each[0], Mapping):
+    return {k: _rows([table[k] for table in each]) for k in each[0]}
+  # In a load, a number stands for an array of it.
+  return type(each[0])(*map(np.hstack, zip(*each, strict=True)))

@@ -12,12 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_peft.network import (
+  adaptation,
   availability,
+  cells,
   ledger,
   multi,
   phases,
   profile,
   selection,
+  serving,
 )
 from fedjax_peft.network import fault as fault_lib
 from fedjax_peft.network import radio as radio_lib
@@ -61,7 +64,8 @@ class World(NamedTuple):
     fleet: their machines.
     radio: their links: of one radio, of several, or recorded.
     distance: (seconds) -> float64 [N, E], metres to each node at that time.
-    load: (ids, round, steps [C] or None) -> what a round asks of them.
+    load: (ids, round, steps [C] or None) -> what a round asks of them; to
+      adapt also ({trait: [C]}), which hold in place of theirs.
     needs: bytes [N] that training takes on each.
     hops: the tiers above the lowest.
     home: (distance [N, E], round, nodes [N] before) -> int32 [N], the node
@@ -72,6 +76,9 @@ class World(NamedTuple):
     prices: of traffic and requests.
     steps: (ids, round, Memory, seconds of one step [C], of both links [C]) ->
       int64 [C]; None is what the local work says.
+    server: what computes a part of clients' steps; None where their machines
+      do it all.
+    adapt: what is decided for clients when their round begins; None: nothing.
     recharge: watts that flow into a battery at all times.
     patience: seconds, > 0, after which the server looks again when nobody is
       there or was asked, and notices that a client at work is lost.
@@ -92,6 +99,8 @@ class World(NamedTuple):
   select: selection.Selection = selection.uniform()
   prices: ledger.Prices = ledger.Prices()
   steps: Callable[..., np.ndarray] | None = None
+  server: serving.Server | None = None
+  adapt: adaptation.Adaptation | None = None
   recharge: float = 0.0
   patience: float = 60.0
 
@@ -184,9 +193,11 @@ def candidates(
 def expected(
   world: World, memory: Memory, ids: np.ndarray, number: int
 ) -> phases.Phases:
-  """How long clients would take: no faults, no fading, a band of their own."""
+  """How long clients would take: no faults, no fading, nothing shared."""
   quiet = world._replace(
-    radio=multi.calm(world.radio), fault=fault_lib.compose()
+    radio=multi.calm(world.radio),
+    fault=fault_lib.compose(),
+    server=world.server and world.server._replace(shared=False),
   )
   return happen(quiet, memory, ids, number).happened
 
@@ -195,11 +206,14 @@ class Happened(NamedTuple):
   """A round of some clients; axis C.
 
   Attributes:
-    machines: theirs.
+    machines: theirs; their `send` is that of the power they send with.
     load: what it asked of them.
     planned: how long it takes where nothing is lost.
     happened: how long it took, and where messages were lost.
     steps: int64 [C], local steps of each; None is what the work says.
+    parts: what the planned steps are made of, where a server has a part.
+    traits: {name: int32 [C]}, decided for this round.
+    band: float64 [C], shares of the band if they were decided.
   """
 
   machines: profile.Fleet
@@ -207,6 +221,9 @@ class Happened(NamedTuple):
   planned: phases.Phases
   happened: phases.Phases
   steps: np.ndarray | None
+  parts: phases.Parts | None = None
+  traits: Mapping[str, np.ndarray] = {}
+  band: np.ndarray | None = None
 
 
 def happen(
@@ -220,35 +237,51 @@ def happen(
     ids: int [C].
     number: of the round, which the draws depend on.
   """
-  machines = world.fleet.take(ids)
-  signal = signals(world, memory, ids, number)
+  machines, moment = world.fleet.take(ids), _moment(world, memory, ids, number)
+  signal = cells.signals(world.radio, moment)
+  back = signal.down
+  if world.server is not None:  # what comes back to one is not for the others
+    back = cells.signals(multi.unicast(world.radio), moment).down
+
+  def timed(load, speed=None):
+    return serving.timed(load, machines, signal, world.server, back, speed)
+
+  def load(places, traits):
+    count = None if steps is None else steps[places]
+    decided = (traits,) if traits else ()
+    return world.load(ids[places], number, count, *decided)
+
   steps = None
   if world.steps is not None and ids.size:
-    once = world.load(ids, number, np.ones(ids.size, np.int64))
-    links = _seconds(once.down, signal.down) + _seconds(once.up, signal.up)
-    each = once.flops / machines.flops
-    steps = world.steps(ids, number, memory, each, links)
-  load = world.load(ids, number, steps)
-  planned = phases.timed(
-    _seconds(load.down, signal.down),
-    load.flops / machines.flops,
-    _seconds(load.up, signal.up),
-  )
+    once, _ = timed(world.load(ids, number, np.ones(ids.size, np.int64)))
+    links = once.down + once.up
+    steps = world.steps(ids, number, memory, once.compute, links)
+  chosen = adaptation.UNCHANGED
+  if world.adapt is not None and ids.size:
+    facts = (machines, signal, back, world.server, load)
+    chosen = cells.decide(world.adapt, world.radio, moment, *facts)
+    signal = cells.signals(world.radio, moment, chosen)
+    machines = adaptation.drawing(machines, world.radio, chosen.watts)
+  asked = load(slice(None), chosen.traits)
+  planned, parts = timed(asked, chosen.speed)
   real = planned
   if signal.lost.any():
     real = phases.lose(real, np.where(signal.lost, phases.UP, 0), 1.0)
   off = ~(signal.on & np.isfinite(planned.seconds))
-  if off.any():
-    real = phases.lose(real, off * phases.DOWN, 0.0)
+  real = phases.lose(real, off * phases.DOWN, 0.0)
   real = world.fault.phases(real, ids, number, world.seed)
   planned = _slowed(world, planned, real.lost > 0, ids, number)
-  return Happened(machines, load, planned, real, steps)
+  return Happened(
+    machines, asked, planned, real, steps, parts, chosen.traits, chosen.band
+  )
 
 
-def _seconds(size: np.ndarray, rate: np.ndarray) -> np.ndarray:
-  """Float64 [C] that bytes take at bits per second; nothing takes no time."""
-  with np.errstate(divide="ignore", invalid="ignore"):
-    return np.where(size > 0, size * 8.0 / rate, 0.0)
+def _moment(world, memory, ids, number):
+  """A round of some clients that begins now, each in its cell."""
+  now = float(memory["now"])
+  nodes = None if world.home is None else memory["nodes"][ids]
+  found = cells.cells(world.distance(now)[ids], nodes)
+  return cells.Moment(found, ids, number, world.seed, now)
 
 
 def _slowed(world, planned, lost, ids, number):
@@ -266,33 +299,6 @@ def _slowed(world, planned, lost, ids, number):
   for name, seconds in new.items():
     seconds[at] = getattr(slow, name)
   return planned._replace(**new)
-
-
-def signals(
-  world: World, memory: Memory, ids: np.ndarray, number: int
-) -> radio_lib.Signal:
-  """The links of clients, each in the cell of the node that it talks to."""
-  now = float(memory["now"])
-  distance = world.distance(now)[ids]
-  if world.home is None:
-    return multi.links(
-      world.radio, distance[:, 0], ids, number, world.seed, now
-    )
-  nodes = memory["nodes"][ids]
-  found = radio_lib.Signal(
-    np.zeros(ids.size),
-    np.zeros(ids.size),
-    np.zeros(ids.size, bool),
-    np.zeros(ids.size, bool),
-  )
-  for e in np.unique(nodes):
-    here = np.flatnonzero(nodes == e)
-    part = multi.links(
-      world.radio, distance[here, e], ids[here], number, world.seed, now
-    )
-    for whole, some in zip(found, part, strict=True):
-      whole[here] = some
-  return found
 
 
 def settle(

@@ -9,7 +9,16 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from fedjax_peft import __main__, build, config, console, record, scene, tree
+from fedjax_peft import (
+  __main__,
+  build,
+  config,
+  console,
+  demand,
+  record,
+  scene,
+  tree,
+)
 from fedjax_peft.network import clock, ledger, profile, radio, selection
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -65,7 +74,7 @@ SCENES = {
     'network.scenario={name="storm"}',
   ),
   "edges": (
-    SYNCHRONOUS,
+    'network.clock={kind="in_turn"}',
     'algorithm={name="hierarchical", edges=3, period=2}',
     "network.stations={speed=2.0, hysteresis=10.0, outages={1=[1, 2]}}",
     "network.backhaul={rate=1e6, latency=0.5}",
@@ -268,7 +277,7 @@ RANKS = (
 def test_clients_whose_memory_is_small_get_the_rank_that_fits(tiny, tmp_path):
   parts = built(tiny, *RANKS, SYNCHRONOUS)
   ranks = parts.data.traits["rank"]
-  need = scene._needs(parts.algorithm.work, parts.model, parts.data)
+  need = demand.needs(parts.algorithm.work, parts.model, parts.data)
   most = {r: need[ranks == r].max() for r in (1, 2, 4)}
   assert most[1] < most[2] < most[4]
   # Machines that have the room for rank 1, for rank 2 and for all.
