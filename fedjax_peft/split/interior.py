@@ -130,9 +130,7 @@ def descend(task: Task, point: Point) -> Point:
     gap, miss = _errors(task, point, curves)
     objective = task.time * point.finish + curves.joules.sum(-1)
     done = (gap < _GAP * objective) & (miss < _MISS * objective)
-    # A slack whose price is low counts in `miss` for little, but must be true.
-    early = (curves.left - curves.least).min(-1)
-    done &= early > -_GAP * point.finish
+    done &= _keeps(task, point, curves)
     if done.all():
       break
     # Aim further ahead after a long step; never far ahead of the residuals.
@@ -143,6 +141,17 @@ def descend(task: Task, point: Point) -> Point:
     went = np.where(done, 0.0, _length(task, point, curves, step))
     point = _moved(point, step, went)
   return point
+
+
+def _keeps(task: Task, point: Point, c: _Curves) -> np.ndarray:
+  """Whether all keep to the finish, the band and the server, bool [...].
+
+  What costs next to nothing counts in residuals for little, but must be true.
+  """
+  early = (c.left - c.least).min(-1) / point.finish
+  _, over, much = _misses(task, point, c)
+  least = np.minimum(point.band + over, point.rest + much)
+  return np.minimum(early, least) > -_GAP
 
 
 def _lifted(task: Task, point: Point, c: _Curves) -> Point:

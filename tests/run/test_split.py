@@ -218,6 +218,9 @@ def test_a_remembered_part_is_left_out_of_what_is_trained(tiny):
     (("split.scheme=lockstep",), "got neither ends nor cuts"),
     (("split.cache=float32",), "must say where the model is cut"),
     ((CUTS, "split.scheme=lockstep"), "split.cuts with scheme='lockstep'"),
+    ((ENDS, "split.bits=true"), "write split.cuts, and leave up and down out"),
+    ((CUTS, "split.bits=true", f"split.up={EIGHT}"), "leave up and down out"),
+    ((CUTS, "split.bits=true"), "leaves the bits of a value to network.alloc"),
     ((CUTS, "split.cache=float32"), "cache='float32'; use split.ends"),
     (
       ("split.ends={server=1}",),

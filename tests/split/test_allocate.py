@@ -90,10 +90,10 @@ def test_no_allocation_is_below_the_bound_whatever_the_prices():
 
 def test_a_thousand_clients_are_within_a_percent_of_the_bound_in_seconds():
   problem = world.drawn(3, 1000, 6, 4)
-  began = time.perf_counter()
+  began = time.process_time()
   found = allocate.optimize(problem).allocation
-  # 0.3 s on a core of its own; here others are at work.
-  assert time.perf_counter() - began < 5
+  # Of one core, 0.4 s; others that are at work make it longer.
+  assert time.process_time() - began < 5
   least = bound.lower(problem, found, tolerance=5e-3)
   assert least <= found.objective <= least * 1.01
   assert bound.lower(problem, outcome.equal(problem)) < least

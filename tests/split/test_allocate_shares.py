@@ -167,6 +167,8 @@ def test_needs_that_are_decades_apart_are_served_too(weight):
     none = np.zeros(len(problem), int)
     found = outcome.settle(problem, none, none)
     assert dual(problem, found) >= found.objective * (1 - 1e-5)
+    even = outcome.equal(problem)
+    assert found.objective <= even.objective * (1 + TIGHT)
     sends = problem.up_bits[:, 0, 0] > 0
     np.testing.assert_allclose(found.seconds[sends], found.finish, rtol=TIGHT)
 

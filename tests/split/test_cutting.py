@@ -32,11 +32,11 @@ def tuned(kind):
 
 
 def cuts(kind):
-  """The model cut everywhere at once, and in two: anywhere if that is cheap."""
+  """Where it is cut: everywhere at once, and in two, if that is cheap."""
   count = len(tuned(kind).stages())
   names = ["device", *(f"edge{i}" for i in range(2, count)), "server"]
   ends = [dict(zip(names, [*range(1, count), None]))]
-  places = range(1, count) if kind in ("net", "cnn") else [count - 2]
+  places = range(1, count) if kind in ("net", "cnn") else []
   return ends + [{"device": place, "server": None} for place in places]
 
 
