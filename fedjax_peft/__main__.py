@@ -1,4 +1,4 @@
-"""The command line: train, export, data, models, methods.
+"""The command line: train, stages, advise, export, data, models, methods.
 
 Anything a user can get wrong ends in one sentence on stderr and exit code 2.
 """
@@ -116,6 +116,20 @@ def _methods(options: argparse.Namespace, alone: bool) -> int:
   return 0
 
 
+def _stages(options: argparse.Namespace, alone: bool) -> int:
+  """fedjax-peft stages."""
+  from fedjax_peft import advice_command
+
+  return advice_command.stages(options, alone)
+
+
+def _advise(options: argparse.Namespace, alone: bool) -> int:
+  """fedjax-peft advise."""
+  from fedjax_peft import advice_command
+
+  return advice_command.advise(options, alone)
+
+
 def _export(options: argparse.Namespace, alone: bool) -> int:
   """fedjax-peft export."""
   logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -213,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
   )
   commands = parser.add_subparsers(title="commands", metavar="COMMAND")
   _train_parser(commands)
+  _stages_parser(commands)
+  _advise_parser(commands)
   _export_parser(commands)
   for name, run, thing in [
     ("data", _data, "data sets"),
@@ -247,14 +263,7 @@ def _train_parser(commands) -> None:
     epilog=_schema_text(),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  train.add_argument("config", metavar="CONFIG", help="a TOML file")
-  train.add_argument(
-    "--set",
-    action="append",
-    default=[],
-    metavar="KEY=VALUE",
-    help="override a key, for example server.learning_rate=0.003",
-  )
+  _config(train)
   train.add_argument("--out", metavar="DIR", help="the run directory")
   train.add_argument(
     "--resume", action="store_true", help="go on where the run stopped"
@@ -271,6 +280,69 @@ def _train_parser(commands) -> None:
   )
   train.set_defaults(run=_train)
   _traceback(train)
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+  """The config of a command, and what takes the place of its keys."""
+  parser.add_argument("config", metavar="CONFIG", help="a TOML file")
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="override a key, for example server.learning_rate=0.003",
+  )
+
+
+def _stages_parser(commands) -> None:
+  """The arguments of stages."""
+  stages = commands.add_parser(
+    "stages",
+    help="where a config's model can be cut, and what each stage costs",
+    description="Shows parameters, FLOPs, and values that leave each stage.",
+  )
+  _config(stages)
+  stages.set_defaults(run=_stages)
+  _traceback(stages)
+
+
+# Options of advise: name, type, default, what it stands for, help.
+_WANTED = (
+  ("weight", float, 0.5, "W", "of seconds against joules, 0 to 1"),
+  ("deadline", float, None, "S", "seconds in which a round must be done"),
+  ("memory", float, None, "BYTES", "that training may take on any device"),
+  ("least-cut", int, 1, "N", "stages that every device keeps, for privacy"),
+  ("error", float, None, "E", "squared error of a value, in squared ranges"),
+  ("coverage", float, 1.0, "SHARE", "of the devices that must have the memory"),
+  ("values-weight", float, 0.1, "W", "worth of twice as many trained values"),
+)
+
+
+def _advise_parser(commands) -> None:
+  """The arguments of advise."""
+  advise = commands.add_parser(
+    "advise",
+    help="which scheme, cuts, bits and rank suit a config's devices and links",
+    description="Tries ways to train a config's model on its devices: all of "
+    "it, each device its own part, behind a frozen part, or in turn. Prints "
+    "what their rounds come to, the best first, and keys to train so.",
+  )
+  _config(advise)
+  for name, kind, default, stands, text in _WANTED:
+    advise.add_argument(
+      f"--{name}", type=kind, default=default, metavar=stands, help=text
+    )
+  advise.add_argument(
+    "--ranks", nargs="+", type=int, default=(), help="of adapters to try"
+  )
+  schemes = ("federated", "splitfed", "frozen", "sequential")
+  advise.add_argument(
+    "--schemes", nargs="+", choices=schemes, default=schemes, help="to try"
+  )
+  advise.add_argument("--out", metavar="FILE", help="clients, .csv or .parquet")
+  advise.add_argument("--json", action="store_true", help="print JSON")
+  advise.set_defaults(run=_advise)
+  _traceback(advise)
 
 
 def _export_parser(commands) -> None:
