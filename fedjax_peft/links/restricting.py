@@ -40,6 +40,7 @@ def only(links: link.Link, where: Callable[[str], bool]) -> link.Link:
     The chain of the restricted links. Bounds are those of what crosses.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> from fedjax_peft import links
     >>> mine = only(links.int8(), lambda name: name == "mine")
     >>> x = {"mine": jnp.ones(2), "rest": jnp.full(2, 0.3)}

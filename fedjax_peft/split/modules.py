@@ -15,6 +15,7 @@ class Modules(nnx.Module):
   returns, axis B first.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> rngs = nnx.Rngs(0)
     >>> net = Modules(
     ...   [

@@ -299,8 +299,12 @@ def test_stacked_kernels_work_under_a_scan(tol):
   module = peft.lora(layers, where=".*")
   fast = peft.freeze(module, "bf16", transposed=True)
   assert fast.lora_base.kernel_t.shape == (3, 6, 6)
-  np.testing.assert_array_equal(
-    forward(peft.freeze(module, "float32"), x), forward(layers, x)
+  # Not bit for bit: what a compiler fuses in a scan depends on the processor.
+  np.testing.assert_allclose(
+    forward(peft.freeze(module, "float32"), x),
+    forward(layers, x),
+    atol=tol(jnp.float32, 18),
+    rtol=0,
   )
   np.testing.assert_allclose(forward(fast, x), forward(layers, x), atol=0.03)
 
