@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_peft import placement, work
+from fedjax_peft import placement, tailoring, work
 from fedjax_peft.rules import rule as rule_lib
 
 RANK = "hetlora/rank"  # the leaf in which a client keeps its rank
@@ -46,23 +46,11 @@ def first(
 def ranked(job: work.Work, bound: rule_lib.Bound) -> work.Work:
   """A job whose clients have ranks of their own, their trait `rank`."""
 
-  def mine(sent, rank):
-    return sent._replace(params=first(sent.params, bound.pairs, rank))
+  def mine(sent, facts, taken):
+    params = first(sent.params, bound.pairs, facts["rank"])
+    return sent._replace(params=params)
 
-  def init(sent, base, local, client):
-    rank = client.traits["rank"]
-    return rank, job.init(mine(sent, rank), base, local, client)
-
-  def step(carry, sent, base, batch):
-    rank, inner = carry
-    inner, stats = job.step(inner, mine(sent, rank), base, batch)
-    return (rank, inner), stats
-
-  def finish(carry, sent):
-    return job.finish(carry[1], sent)
-
-  traits = (*job.traits, "rank")
-  return job._replace(init=init, step=step, finish=finish, traits=traits)
+  return tailoring.tailored(job, ("rank",), mine)
 
 
 class Pruning(NamedTuple):

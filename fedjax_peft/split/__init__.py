@@ -1,17 +1,25 @@
 """Split federated fine-tuning: models whose parts compute in different places.
 
-| what | where |
+| where | what |
 | --- | --- |
-| `pipeline`, `Wire` | a model cut into parts, and what crosses between them |
+| `pipeline`, `Wire` (`cutting`) | a model cut into parts, and what crosses |
 | `movable`, `hybrid` | cuts that differ between clients, in one program |
 | `Modules` | any modules as a model that can be cut |
 | `splitfed`, `in_turn`, `lockstep` | who trains which part, and when |
 | `prefix_of` | a frozen first part, computed once for each example |
-| `local_loss`, `with_head` | a device that learns without waiting |
-| `table` | what each stage of a model costs |
-| `allocate`, `power`, ... | bandwidth, power, bits and cuts of each client |
-| `adapting` | the same in every round of a simulated network |
+| `local_loss`, `offline` | a device without an answer, or without a link |
+| `cost`; `table`, `held`, `piece` | what steps, and stages, cost each side |
+| `problem`, `allocate`, `bound` | what is divided, the best way, its limit |
+| `shares`, `interior`, `power`, `finish` | of it: band, server and powers |
+| `choices`, `matching`, `blocks`, `sequence` | cuts, bits, channels, turns |
+| `outcome`, `explain` | what an allocation comes to, and why |
+| `adapting`, `menu`, `choosing` | the same in each round of a network |
+| `advising`, `trial`, `verdict`, `answer` | which scheme suits a fleet |
+
+Modules are loaded when they are first used.
 """
+
+import importlib
 
 from fedjax_peft.split.cost import Split
 from fedjax_peft.split.cutting import Pipeline, Wire, pipeline
@@ -39,3 +47,25 @@ __all__ = [
   "splitfed",
   "with_head",
 ]
+
+_MODULES = (
+  "adapting",
+  "advising",
+  "allocate",
+  "bound",
+  "cost",
+  "explain",
+  "held",
+  "offline",
+  "outcome",
+  "power",
+  "problem",
+  "table",
+)
+
+
+def __getattr__(name: str):
+  """Loads a module when it is first used (PEP 562)."""
+  if name in _MODULES:
+    return importlib.import_module(f"{__name__}.{name}")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjax_peft import link, validate, work
+from fedjax_peft import link, tree, validate, work
 
 DEVICE, HOME = "device", "home"  # parts that compute where the data are
 HEAD = "device_head"  # of a device that has a loss of its own
@@ -233,13 +233,8 @@ _told_together.defvjp(lambda message, real: (message, real), _sum)
 
 def divide(message: Mapping[str, Any]) -> tuple[dict, dict]:
   """The floats of a message, and the rest."""
-  is_float = {
-    k: jnp.issubdtype(v.dtype, jnp.floating) for k, v in message.items()
-  }
-  return (
-    {k: v for k, v in message.items() if is_float[k]},
-    {k: v for k, v in message.items() if not is_float[k]},
-  )
+  floats = {k: v for k, v in message.items() if tree.is_float(v)}
+  return floats, {k: v for k, v in message.items() if k not in floats}
 
 
 class Behind:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fedjax_peft import algorithm, link, links, objective
+from fedjax_peft import algorithm, link, links, objective, tailoring
 from fedjax_peft.links.affine import rounded
 from fedjax_peft.split import cost, cutting
 
@@ -164,21 +164,9 @@ def hybrid(
       'placement={"crossing/.*": "frozen"}'
     )
 
-  def own(sent, facts):
+  def own(sent, facts, taken):
     at = {_AT + k: jnp.asarray(facts[k], jnp.int32) for k in reads}
     return sent._replace(params=sent.params | at)
-
-  def init(sent, base, local, client):
-    facts = {k: client.traits[k] for k in reads}
-    return facts, whole.init(own(sent, facts), base, local, client)
-
-  def step(carry, sent, base, batch):
-    facts, inner = carry
-    inner, stats = whole.step(inner, own(sent, facts), base, batch)
-    return (facts, inner), stats
-
-  def finish(carry, sent):
-    return whole.finish(carry[1], sent)
 
   def compact(spec, traits, round):
     spec = whole.compact(spec, traits, round)
@@ -194,12 +182,8 @@ def hybrid(
     ends = {"device": cut, "server": None}
     return cutting.pipeline(module, ends, crossing.wire)
 
-  job = whole._replace(
-    init=init,
-    step=step,
-    finish=finish,
+  job = tailoring.tailored(whole, reads, own)._replace(
     compact=compact,
-    traits=(*whole.traits, *reads),
     split=cost.measure(
       whole,
       model,

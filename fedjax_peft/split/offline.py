@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from fedjax_peft import algorithm, work
+from fedjax_peft import algorithm, tailoring, work
 from fedjax_peft.peft import adapter
 from fedjax_peft.split import cutting, moving
 
@@ -160,21 +160,9 @@ def tolerant(made: algorithm.Algorithm) -> algorithm.Algorithm:
         "{**placement, **split.offline.PLACEMENT}"
       )
 
-  def init(sent, base, local, client):
-    steps = jnp.asarray(client.traits[ONLINE], jnp.int32)
-    return steps, jnp.int32(0), whole.init(sent, base, local, client)
+  def own(sent, facts, taken):
+    here = {_ONLINE: taken < facts[ONLINE]}
+    return sent._replace(params=sent.params | here)
 
-  def step(carry, sent, base, batch):
-    steps, taken, inner = carry
-    params = sent.params | {_ONLINE: taken < steps}
-    sent = sent._replace(params=params)
-    inner, stats = whole.step(inner, sent, base, batch)
-    return (steps, taken + 1, inner), stats
-
-  def finish(carry, sent):
-    return whole.finish(carry[2], sent)
-
-  job = whole._replace(
-    init=init, step=step, finish=finish, traits=(*whole.traits, ONLINE)
-  )
+  job = tailoring.tailored(whole, (ONLINE,), own)
   return algorithm.extended(made, job=job)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from fedjax_peft import peft, tree
 from fedjax_peft.peft import adapter
+from fedjax_peft.split import cutting
 
 Message = Mapping[str, Any]
 
@@ -134,8 +135,7 @@ def backward(piece: Piece, run: Callable) -> Callable:
 def divide(message: Any) -> tuple[dict, dict]:
   """(floats, rest) of a message, or of what a model returns."""
   whole = message if isinstance(message, dict) else {"output": message}
-  floats = {k: v for k, v in whole.items() if tree.is_float(v)}
-  return floats, {k: v for k, v in whole.items() if k not in floats}
+  return cutting.divide(whole)
 
 
 def specs(arrays: Any) -> Any:

@@ -27,8 +27,6 @@ from fedjax_peft import (
 )
 from fedjax_peft.split import cost, cutting, turns
 
-PyTree = Any
-
 
 def splitfed(
   made: algorithm.Algorithm,
