@@ -21,6 +21,7 @@ from fedjax_peft import (
   compose,
   config,
   data,
+  demand,
   losses,
   membership,
   models,
@@ -107,7 +108,8 @@ def build(run: schema.Config) -> Parts:
     also = frozenset() if group is None else group.hears
     population, made, cohort = _simulated(run, population, model, made, also)
   else:
-    cohort = plan.sampled(sampler, population, run.seed)
+    before = demand.before(made.work, population)
+    cohort = plan.sampled(sampler, population, run.seed, before=before)
   if made.specialize is not None and not cohort.pool:
     made, _ = made.specialize(population)
   if group is not None:

@@ -60,6 +60,13 @@ def load(
   return of
 
 
+def before(job: work.Work, population: data.Population) -> np.ndarray | None:
+  """Bytes [N] that each client sends up once in the whole run, if any do."""
+  clients = np.arange(len(population))
+  traits = traits_of(job, population, clients)
+  return traffic.before(job, population.train.sizes, traits)
+
+
 def traits_of(job: work.Work, population: data.Population, ids) -> dict:
   """{name: [C]} of the traits that the work reads, 0 where none is said."""
   none = np.zeros(len(population))

@@ -1,17 +1,27 @@
 """Exporting: the adapter of a run, for other libraries.
 
 What a run directory holds is enough: the config says what the adapter is, the
-newest checkpoint what it has learned, for everybody or for one client.
+newest checkpoint what it has learned, for everybody or for one client. Of a
+model that is cut, the parts are put together again (`split.whole`).
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
 
-from fedjax_peft import build, checkpoint, config, experiment, interop, validate
+from fedjax_peft import (
+  build,
+  checkpoint,
+  config,
+  experiment,
+  interop,
+  split,
+  validate,
+)
 from fedjax_peft.algorithms import nearness
 from fedjax_peft.data import fetch
 from fedjax_peft.interop import arrays
@@ -91,7 +101,7 @@ def read(root: pathlib.Path, client: str | None = None) -> Found:
       f"the run in {str(root)!r} has no checkpoint yet; train it further "
       "(--resume), or save more often (--set checkpoint.every=1)"
     )
-  parts = build.build(run)
+  parts = _parts(run)
   place = None if client is None else _place(parts, client)
   saved = _saved(where, parts)
   if place is None:
@@ -102,6 +112,16 @@ def read(root: pathlib.Path, client: str | None = None) -> Found:
   prepared = fetch.home() / "models" / run.model.name
   base = str(prepared) if prepared.is_dir() else run.model.name
   return Found(saved.step, name, base, parts, params)
+
+
+def _parts(run) -> build.Parts:
+  """The parts of a run, their model with what is else only remembered."""
+  parts = build.build(run)
+  if run.split.cache == "no":
+    return parts
+  table = dataclasses.replace(run.split, cache="no", gradient=False)
+  computed = build.build(dataclasses.replace(run, split=table))
+  return parts._replace(model=computed.model)
 
 
 def _recorded(path):
@@ -146,14 +166,22 @@ def _place(parts: build.Parts, client: str) -> int:
 
 def _of_all(parts, state) -> dict[str, Any]:
   """The global model."""
-  held = state.params
-  lacking = sorted(parts.model.params.keys() - held.keys())
+  held, names = state.params, _names(parts.model)
+  lacking = sorted(names - held.keys())
   if lacking:
     raise ValueError(
       f"a part of the model lives on the clients: {lacking[:4]}; choose one "
       "with --client"
     )
-  return {name: held[name] for name in parts.model.params}
+  return {name: held[name] for name in sorted(names)}
+
+
+def _names(model) -> set[str]:
+  """Leaves of the model itself; of one that is cut, those of its parts."""
+  if not isinstance(model.origin, split.Pipeline):
+    return set(model.params)
+  parts = model.origin.names
+  return {k for k in model.params if k.split("/")[0] in parts}
 
 
 def _of_client(parts, saved, place) -> dict[str, Any]:
@@ -174,7 +202,7 @@ def _of_client(parts, saved, place) -> dict[str, Any]:
   params |= state.params
   params |= {name: x[place] for name, x in saved.clients.local.items()}
   seen = parts.algorithm.work.view(params)
-  params = {name: seen[name] for name in parts.model.params}
+  params = {name: seen[name] for name in _names(parts.model)}
   ranks = []
   if "rank" in parts.algorithm.work.traits:
     ranks.append(int(parts.data.traits["rank"][place]))

@@ -8,8 +8,9 @@
 | sequential | as splitfed with one cut, one client after another |
 
 Everything is read from the traced model, and what depends on a cut is traced
-when it is asked for. That devices compute their frozen stages once, before the
-first round, is not counted; that they must hold them then is.
+when it is asked for. A round is each client's first: what frozen stages make
+crosses in it. That devices compute it once, before, is not counted; that they
+must hold these stages then is.
 """
 
 import functools
@@ -220,7 +221,7 @@ def _cached(task: Workload, rank: int, cut: int) -> _Remembered:
   model = objective.model(rest, task.loss, precision=task.precision)
   whole = task.federate(model, task.local, {}, None)
   made = split.splitfed(whole, model, examples)
-  measured = cost.measure(
+  measured: Any = cost.measure(
     whole.work,
     model,
     examples,
@@ -229,10 +230,18 @@ def _cached(task: Workload, rank: int, cut: int) -> _Remembered:
     of_wires=(BITS,),
   )
   job = made.work._replace(split=measured, traits=(*made.work.traits, BITS))
-  sizes = traffic.sizes(made, task.cohort)
+  asked = demand.load(job, model, task.data, traffic.sizes(made, task.cohort))
+  examples_of = task.data.train.sizes
+
+  def load(ids, number, count, told):
+    found = asked(ids, number, count, told)
+    traits = demand.traits_of(job, task.data, ids) | told
+    first: Any = traffic.before(job, examples_of[ids], traits)
+    return found._replace(stream_up=found.stream_up + first)
+
   held = tree.nbytes(jax.tree.leaves(nnx.state(first, nnx.Param)))
   return _Remembered(
-    demand.load(job, model, task.data, sizes),
+    load,
     held + measured.memory({BITS: trial.FLOATS}),
     tree.size(
       {k: v for k, v in model.params.items() if k not in model.mutable}

@@ -75,15 +75,39 @@ class Plan(NamedTuple):
   waits: bool = False
 
 
+FIRST = "cut/first_up_bytes"  # of a record: what crossed once for all
+
+
 def sampled(
-  sampler: sampling.Sampler, data: data_lib.Population, seed: int
+  sampler: sampling.Sampler,
+  data: data_lib.Population,
+  seed: int,
+  *,
+  before: np.ndarray | None = None,
 ) -> Plan:
-  """A draw of the sampler for every round."""
+  """A draw of the sampler for every round.
+
+  Args:
+    sampler: whom it draws.
+    data: from whom.
+    seed: of the run.
+    before: float64 [N], bytes that each client sends up when it takes part
+      for the first time and never again, see `traffic.before`.
+  """
 
   def turn(memory, number, told):
-    return Turn(sampling.cohort_of(sampler, data, seed, number)), memory
+    ids = sampling.cohort_of(sampler, data, seed, number)
+    if before is None:
+      return Turn(ids), memory
+    fresh = ids[~memory["sent"][ids]]
+    sent = memory["sent"].copy()
+    sent[fresh] = True
+    return Turn(ids, record={FIRST: int(before[fresh].sum())}), {"sent": sent}
 
-  return Plan(sampler.name, dict, turn, sampler.most(data))
+  def init():
+    return {} if before is None else {"sent": np.zeros(len(data), bool)}
+
+  return Plan(sampler.name, init, turn, sampler.most(data))
 
 
 def _stay(state, nodes, number):

@@ -88,8 +88,11 @@ def run(
   if algorithm.specialize is not None:
     algorithm, _ = algorithm.specialize(data)
   if isinstance(cohort, sampling.Sampler):
-    cohort = plan.sampled(cohort, data, seed)
+    before = traffic.before(algorithm.work, data.train.sizes, data.traits)
+    cohort = plan.sampled(cohort, data, seed, before=before)
   most = cohort.most
+  if settings is not None:
+    settings_lib.checked(settings, algorithm.work.lanes, most)
   if cohort.hears or cohort.pool:
     algorithm = plan.prepared(cohort, algorithm)
   waits = bool(cohort.hears) or cohort.waits
@@ -157,7 +160,10 @@ def run(
       ahead = seat(number + 1, memory, state)
     record = Record(round=number + 1, rounds=rounds)
     record |= {k: float(v) for k, v in outcome.record.items()}
-    record |= traffic.of_round(algorithm, client, node, here, record, number)
+    once = int(turn.record.get(plan.FIRST, 0))
+    record |= traffic.of_round(
+      algorithm, client, node, here, record, number, once
+    )
     record |= turn.record
     why = stop(record) if stop is not None else None
     if costs is not None and turn.table:

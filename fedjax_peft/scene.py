@@ -137,6 +137,7 @@ def plan_of(
     ),
     load=demand.load(made.work, model, population, sizes, more, mixing),
     needs=needs,
+    before=demand.before(made.work, population),
     hops=[] if clustered else _hops(run, made),
     home=station.home(stand, places),
     fault=fault_of(run, len(population.classes)),
@@ -159,6 +160,7 @@ def server_of(run: schema.Config, job: work.Work) -> serving.Server | None:
     run.split.server_flops,
     shared=run.split.server == "shared",
     waits=job.split.waits,
+    common=job.split.common,
   )
 
 

@@ -104,6 +104,11 @@ class Split:
     "device's part must be frozen",
     True,
   )
+  feedback: bool = _doc(
+    "say in the next step what up and down could not say of a batch; helps "
+    "gradients of the same examples in every step (client.shuffle=false)",
+    False,
+  )
   cache: Literal["no", "float32", "bfloat16"] = _doc(
     "compute a frozen first part once for each example, and keep it so", "no"
   )
@@ -260,9 +265,9 @@ class Network:
     'what goes wrong, {fault="dropout", rate=0.1}: dropout(rate, phase), '
     "disconnect(rate, mean_rounds), stragglers(fraction, factor, always), "
     "duplicates(rate), late(rate, seconds), corrupt(rate, kind, sigma, flips), "
-    "mislabel(rate), "
-    "crash(at, every, restart), drift_labels(rounds, fraction), "
-    "drift_features(rounds, shift, feature, fraction)",
+    "mislabel(rate), crash(at, every, restart), drift_labels(rounds, "
+    "fraction), drift_features(rounds, shift, feature, fraction), outage(rate) "
+    "of links in the midst of a cut model's steps",
     (),
   )
   steps: Table = _doc(

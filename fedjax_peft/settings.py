@@ -91,16 +91,15 @@ def choose(
     blocks: blocks of lanes on a device.
     width: None chooses.
     segment: None chooses.
+
+  Raises:
+    ValueError: as `checked`.
   """
+  lanes = algorithm.work.lanes
+  if lanes != "any":
+    devices = 1 if devices is None else devices
+    width = (1 if lanes == "one" else cohort) if width is None else width
   devices = len(jax.devices()) if devices is None else devices
-  together = {"one": 1, "all": cohort}.get(algorithm.work.lanes)
-  if together is not None:
-    if blocks != 1 or width not in (None, together):
-      raise ValueError(
-        f"clients of this algorithm work {algorithm.work.lanes} at a time, in "
-        f"one block of {together} lanes: got {blocks=} {width=}; leave both out"
-      )
-    devices, width = 1, together
   room = _room()
   most = max(1, -(-cohort // (devices * blocks)))
   if width is None:
@@ -117,7 +116,45 @@ def choose(
   if executor_name is None:
     fits = tree.nbytes(examples) <= room.memory // 3
     executor_name = "shard_map" if fits else "stream"
-  return Settings(executor_name, devices, blocks, width, segment)
+  return checked(
+    Settings(executor_name, devices, blocks, width, segment), lanes, cohort
+  )
+
+
+def checked(settings: Settings, lanes: str, cohort: int) -> Settings:
+  """The settings, if clients can work with these lanes.
+
+  Args:
+    settings: chosen or made by hand.
+    lanes: as `Work.lanes` says how clients work.
+    cohort: most clients in a round.
+
+  Raises:
+    ValueError: if clients who work one after another would have several lanes,
+      or clients who take every step together not one block with a lane for
+      each.
+
+  Example:
+    >>> checked(Settings(width=4), "any", 9).width
+    4
+    >>> checked(Settings(width=4), "one", 9)
+    Traceback (most recent call last):
+    ValueError: clients who work one after another have one lane, ...
+  """
+  _, devices, blocks, width, _ = settings
+  got = f"got {devices=} {blocks=} {width=}"
+  if lanes == "one" and (devices, blocks, width) != (1, 1, 1):
+    raise ValueError(
+      f"clients who work one after another have one lane, on one device in one "
+      f"block: {got}; use devices=1 blocks=1 width=1, or leave them out"
+    )
+  if lanes == "all" and ((devices, blocks) != (1, 1) or width < cohort):
+    raise ValueError(
+      f"clients who take every step together have a lane each, on one device "
+      f"in one block: {got} for {cohort} of them; use devices=1 blocks=1 "
+      f"width={cohort}, or leave them out"
+    )
+  return settings
 
 
 class _Room(NamedTuple):

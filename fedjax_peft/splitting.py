@@ -14,12 +14,13 @@ from fedjax_peft import (
   config,
   data,
   objective,
+  remembering,
   schema,
   split,
   work,
 )
 from fedjax_peft.network import adaptation, multi
-from fedjax_peft.split import adapting
+from fedjax_peft.split import adapting, offline
 
 WHOLE = "whole"  # a client that is not cut
 
@@ -28,9 +29,10 @@ def is_split(run: schema.Config) -> bool:
   """Whether a config cuts its model.
 
   Raises:
-    ValueError: if it says how, but not where.
+    ValueError: if it says how, but not where, or what does not go together.
   """
   table = run.split
+  remembering.refuse(run)
   if table.ends and table.cuts:
     raise ValueError(
       "split.ends cuts all clients' model in one place, split.cuts each "
@@ -131,6 +133,7 @@ def population_of(
   run: schema.Config, module: Any, population: data.Population
 ) -> data.Population:
   """The clients, who know where they are cut."""
+  population = remembering.population_of(run, population)
   if not run.split.cuts:
     return population
   names = [stage.name for stage in module.stages()]
@@ -237,17 +240,23 @@ def _movable(run, model, job, make, rest, where) -> dict[str, Any]:
 def remembered(
   run: schema.Config, module: Any, population: data.Population
 ) -> tuple[nnx.Module, data.Population]:
-  """Module and data, once a frozen first part has been computed."""
-  if run.split.cache == "no":
-    return module, population
-  first = split.prefix_of(
-    module, precision=run.execution.precision, dtype=run.split.cache
-  )
-  return first.rest, first.remembered(population)
+  """Module and data as they are trained on.
+
+  A frozen first part has been computed, and clients have memories; adapters
+  come before.
+  """
+  if run.split.cache != "no":
+    first = split.prefix_of(
+      module, precision=run.execution.precision, dtype=run.split.cache
+    )
+    return first.rest, first.remembered(population)
+  return remembering.module_of(run, module, population), population
 
 
 def loss_of(run: schema.Config, loss: Callable) -> Callable:
   """The loss, and that of the devices where they have their own."""
+  if remembering.has_outage(run):
+    return offline.gated(loss)
   if run.split.scheme != "local_loss":
     return loss
   return split.local_loss(loss)
@@ -265,11 +274,13 @@ def algorithm_of(
   server: optax.GradientTransformation,
 ) -> algorithm.Algorithm:
   """What clients and servers do with a model that is cut."""
+  run, how = remembering.local_of(run, how)
   scheme, examples = run.split.scheme, population.examples
   if scheme not in IN_TURN and scheme not in LOCKSTEP:
     made = compose.algorithm_of(run, population, model, how, server)
     over = split.hybrid if run.split.cuts else split.splitfed
-    return over(made, model, examples)
+    made = over(made, model, examples)
+    return offline.tolerant(made) if remembering.has_outage(run) else made
   odd = [
     name
     for name in ("algorithm", "aggregate", "attack")

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from fedjax_peft import work
 
+ONLINE = "online"  # trait: steps of a round in which a client's link is there
+ALWAYS = 2**30  # of these, where nothing cuts it
+
 
 class Tailored(NamedTuple):
   """What such a client holds between two batches.

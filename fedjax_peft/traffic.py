@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_peft import algorithm as algorithm_lib
-from fedjax_peft import executor, work
+from fedjax_peft import executor, tailoring, work
 
 WAYS = ("up_bytes", "down_bytes")
 Sizes = Callable[[Mapping[str, np.ndarray], int], dict[str, np.ndarray]]
@@ -25,7 +25,7 @@ def sizes(algorithm: algorithm_lib.Algorithm, most: int) -> Sizes:
     ({trait: [C]}, round) -> {"up_bytes": int64 [C], "down_bytes": int64 [C]},
     one entry for each client; the traits are those that the work reads.
   """
-  low, names = algorithm.tiers[0].name, algorithm.work.traits
+  low, names = algorithm.tiers[0].name, _kinds_of(algorithm.work)
 
   @functools.cache
   def of_kind(kind, when):
@@ -68,6 +68,11 @@ def kinds(
   return list(found) if names else [()], which
 
 
+def _kinds_of(job: work.Work) -> tuple[str, ...]:
+  """Traits that say how much crosses at a time; a link's absence does not."""
+  return tuple(k for k in job.traits if k != tailoring.ONLINE)
+
+
 class Stream(NamedTuple):
   """What all steps of clients take where a server has a part; axis C.
 
@@ -91,9 +96,11 @@ def stream(job: work.Work) -> Callable[..., Stream]:
     (sizes, steps, traits) -> Stream: int [C] examples of each client; int [C]
     batches of each, or None for what the work says; {trait: [C]} of those that
     the work reads. A pass ends with what is left, maybe fewer examples than a
-    batch holds, and is counted as that.
+    batch holds, and is counted as that. Where clients have a link in the first
+    steps only (the trait `online`), the device alone computes in the others.
   """
-  names, batch = (*job.traits, "rows"), job.local.batch
+  names, batch = (*_kinds_of(job), "rows"), job.local.batch
+  is_gated = tailoring.ONLINE in job.traits
 
   @functools.cache
   def of_kind(kind):
@@ -102,22 +109,49 @@ def stream(job: work.Work) -> Callable[..., Stream]:
     return (*job.split.bytes(rows, traits), *job.split.flops(rows, traits))
 
   def of(sizes, steps, traits):
-    full, short = _batches(job.local, sizes, steps)
-    rest = np.where(short > 0, sizes % batch, batch)
+    taken = _batches(job.local, sizes, steps)
+    most = traits.get(tailoring.ONLINE) if is_gated else None
+    linked = _batches(job.local, sizes, steps, most)
+    rest = np.where(taken[1] > 0, sizes % batch, batch)
     total = np.zeros((len(Stream._fields), len(sizes)))
-    for rows, count in ((np.full_like(rest, batch), full), (rest, short)):
+    rows_of = (np.full_like(rest, batch), rest)
+    for rows, count, here in zip(rows_of, taken, linked, strict=True):
       some, which = kinds(names, {**traits, "rows": rows})
       each = np.array([of_kind(kind) for kind in some], np.float64)
-      total += each.reshape(-1, len(total))[which].T * count
+      counts = Stream(up=here, down=here, device=count, server=here)
+      total += each.reshape(-1, len(total))[which].T * np.array(counts)
     return Stream(*total)
 
   return of
 
 
-def _batches(how, sizes, steps):
+def before(
+  job: work.Work, sizes: np.ndarray, traits: Mapping[str, np.ndarray]
+) -> np.ndarray | None:
+  """Bytes that clients send up once in the whole run; see `Split.before`.
+
+  Args:
+    job: what they do.
+    sizes: int [C], examples of each.
+    traits: {name: [C]} of those that the work reads.
+
+  Returns:
+    float64 [C]; None where nothing is sent once for all.
+  """
+  if job.split is None or job.split.before is None:
+    return None
+  names = _kinds_of(job)
+  some, which = kinds(names, {**traits, "examples": sizes})
+  named = [dict(zip(names, kind, strict=True)) for kind in some]
+  each = np.array([job.split.before(x) for x in named], np.float64)
+  return each[which] * sizes
+
+
+def _batches(how, sizes, steps, most=None):
   """(full batches, those that hold fewer examples) of clients, int [C].
 
-  As `schedule.batches` cuts them: a pass is full batches and then the rest.
+  As `schedule.batches` cuts them: a pass is full batches and then the rest. Of
+  the first `most` steps, where that is said.
   """
   full, rest = np.divmod(sizes, how.batch)
   short = (rest > 0) & ~(how.drop_remainder & (full > 0))
@@ -125,6 +159,8 @@ def _batches(how, sizes, steps):
   if steps is None:
     steps = one * how.epochs if how.steps is None else how.steps
   total = np.where(sizes > 0, steps, 0)
+  if most is not None:
+    total = np.minimum(total, most)
   ended = np.where(short, total // np.maximum(one, 1), 0)
   return total - ended, ended
 
@@ -148,6 +184,7 @@ def of_round(
   cohort: executor.Cohort,
   record: Mapping[str, float],
   number: int,
+  first: int = 0,
 ) -> dict[str, float]:
   """Bytes that crossed each boundary in a round, up and down.
 
@@ -158,6 +195,7 @@ def of_round(
     cohort: of the round.
     record: of the round, for the tiers that have synchronized.
     number: of the round.
+    first: bytes that crossed a cut up in this round, once in the whole run.
 
   Returns:
     {name: bytes}; those of `cut/...` crossed in the midst of steps, and are
@@ -165,6 +203,8 @@ def of_round(
   """
   present = np.asarray(cohort.weights) > 0
   crossed = _in_steps(algorithm.work, cohort)
+  if crossed:
+    crossed["cut/up_bytes"] += first
   traits = {k: np.asarray(v)[present] for k, v in cohort.traits.items()}
   traits["present"] = np.ones(int(present.sum()))
   each = client(traits, number)
@@ -188,13 +228,35 @@ def _in_steps(job: work.Work, cohort: executor.Cohort) -> dict[str, int]:
   plan = cohort.schedule
   here = np.nonzero(np.asarray(plan.slot) >= 0)
   at = here[0], np.asarray(plan.slot)[here]
-  facts = {k: np.asarray(cohort.traits[k])[at] for k in job.traits}
+  names = _kinds_of(job)
+  facts = {k: np.asarray(cohort.traits[k])[at] for k in names}
   facts["rows"] = (np.asarray(plan.rows)[here] >= 0).sum(axis=-1)
-  some, which = kinds((*job.traits, "rows"), facts)
+  if tailoring.ONLINE in job.traits:
+    online = np.asarray(cohort.traits[tailoring.ONLINE])
+    linked = _earlier(at, online.shape) < online[at]
+    facts = {k: v[linked] for k, v in facts.items()}
+  some, which = kinds((*names, "rows"), facts)
   counts = np.bincount(which, minlength=len(some))
   up = down = 0
   for (*values, rows), count in zip(some, counts, strict=True):
-    named = dict(zip(job.traits, values, strict=True))
+    named = dict(zip(names, values, strict=True))
     sizes = job.split.bytes(int(rows), named)
     up, down = up + sizes[0] * int(count), down + sizes[1] * int(count)
   return {"cut/up_bytes": up, "cut/down_bytes": down}
+
+
+def _earlier(at, shape):
+  """How often each entry's place has come before it, int [steps].
+
+  Args:
+    at: (device, slot) of steps, those of a client in order.
+    shape: of devices and slots.
+  """
+  place = np.ravel_multi_index(at, shape)
+  order = np.argsort(place, kind="stable")
+  _, start, count = np.unique(
+    place[order], return_index=True, return_counts=True
+  )
+  earlier = np.empty(place.size, np.int64)
+  earlier[order] = np.arange(place.size) - np.repeat(start, count)
+  return earlier

@@ -31,7 +31,7 @@ def main():
   add("--json", action="store_true", help="JSON on the last line")
   add("--quick", action="store_true", help="small, to try the script")
   add("--rounds", type=int, default=12, help="of each variant (%(default)s)")
-  add("--clients", type=int, default=64, help="of W2 (%(default)s)")
+  add("--clients", type=int, default=32, help="of W2 (%(default)s)")
   options = parser.parse_args()
   if "NPROC" not in os.environ:  # one stream a core, before jax is imported
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | STREAMS)
@@ -58,7 +58,7 @@ def variants(quick: bool, clients: int):
   data = bench_library.w2_data(shape)
   local = fp.local(optax.sgd(shape.rate), batch=shape.batch)
   half = f"layers/{shape.depth // 2 - 1}"
-  late = f"layers/{shape.depth - 3}"
+  late = f"layers/{max(shape.depth - 3, 0)}"
 
   def tuned(module, where=r".*/(query|value)"):
     module = fp.peft.lora(
@@ -110,6 +110,7 @@ def rounds(options) -> dict:
     )
     next(runs[name])  # compiles
     next(runs[name])
+    print(f"{name} is compiled", flush=True)
   seconds: dict[str, list[float]] = {name: [] for name in runs}
   for _ in range(options.rounds):
     for name, ran in runs.items():

@@ -8,7 +8,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Two devices, so that placement on several is tested on every machine, and
 # the threads of one process (the command's own streams are tested apart).
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+# Programs of tests run for milliseconds and compile for seconds, so that they
+# are compiled in a hurry, half as long; TEST_XLA_FLAGS="" compiles them as
+# users do, and so does every test that starts a command.
+HURRY = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    "--xla_force_host_platform_device_count=2",
+    os.environ.get("TEST_XLA_FLAGS", HURRY),
+  )
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing hangs on a network
 
 import jax  # noqa: E402

@@ -40,7 +40,9 @@ def test_the_engine_benchmark_measures_all_it_promises():
   assert found["w2"]["clients_per_second"] > 0
   assert found["w2"]["fraction_of_gemm_ceiling"] > 0
   assert set(found["memory"]["peak_mib"]) == {"100", "1000", "10000"}
-  assert found["memory"]["flatness"] >= 1 / 1.1
+  # A small run: the allocator alone moves it by a tenth; kept messages would
+  # halve it.
+  assert found["memory"]["flatness"] >= 0.8
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from flax import nnx
 
 import fedjax_peft as fp
 import toy
+from fedjax_peft import settings as settings_lib
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,42 @@ def test_what_is_set_is_kept(chosen):
 
 def test_a_segment_always_has_room_for_the_lanes(chosen):
   assert chosen(devices=1, blocks=3, width=4, segment=5).segment == 12
+
+
+HAND_MADE = {  # (lanes, settings, cohort): whether clients can work so
+  ("one", toy.lanes(width=1), 4): True,
+  ("one", toy.lanes(width=2), 4): False,
+  ("one", toy.lanes(width=1, blocks=2), 4): False,
+  ("one", toy.lanes(width=1, devices=2), 4): False,
+  ("all", toy.lanes(width=4), 4): True,
+  ("all", toy.lanes(width=5), 4): True,
+  ("all", toy.lanes(width=3), 4): False,
+  ("all", toy.lanes(width=2, blocks=2), 4): False,
+  ("all", toy.lanes(width=4, devices=2), 4): False,
+  ("any", toy.lanes(width=3, blocks=2, devices=2), 4): True,
+}
+
+
+@pytest.mark.parametrize(("lanes", "made", "cohort"), HAND_MADE)
+def test_settings_made_by_hand_are_refused_before_the_first_round(
+  lanes, made, cohort
+):
+  """By the run itself, in one sentence that says what to use."""
+  if HAND_MADE[lanes, made, cohort]:
+    assert settings_lib.checked(made, lanes, cohort) == made
+    return
+  job = toy.voices()._replace(lanes=lanes)
+  rounds = fp.run(
+    fp.federated(job, [fp.tier("cloud")]),
+    toy.net(),
+    toy.people(),
+    cohort=fp.sample.uniform(cohort),
+    rounds=1,
+    settings=made,
+  )
+  width = {"one": 1, "all": cohort}[lanes]
+  with pytest.raises(ValueError, match=f"width={width}, or leave") as refused:
+    next(rounds)
+  sentence = str(refused.value)
+  assert f"got devices={made.devices} blocks={made.blocks}" in sentence
+  assert "\n" not in sentence

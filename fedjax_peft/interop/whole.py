@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from fedjax_peft import objective, peft, record
+from fedjax_peft import objective, peft, record, split
 from fedjax_peft.interop import arrays, model_config, naming, writing
 from fedjax_peft.models import family, pretrained, tensorfile, vision
 from fedjax_peft.peft import adapter, inserted, prompting
@@ -35,7 +35,8 @@ def export_merged(
 
   Args:
     parts: an Encoder, Decoder or ViT, with adapters that `peft.merged` folds
-      or trained as it is; or one taken apart. Not frozen, not quantized.
+      or trained as it is, cut or not; or one taken apart. Not frozen, not
+      quantized.
     params: {path: array}, as in `export_adapter`.
     directory: made if it is not there; model.safetensors, config.json.
     base: name or path of the model that it was made of: its config.json is
@@ -59,7 +60,7 @@ def export_merged(
     >>> bool((again.norm.scale[...] == model.norm.scale[...]).all())
     True
   """
-  module = peft.merged(arrays.filled(parts, params))
+  module = split.whole(peft.merged(arrays.filled(parts, params)))
   _check_plain(module)
   source = directory_of(base)
   told = model_config.of(module, source)

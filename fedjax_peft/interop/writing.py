@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from fedjax_peft import objective, peft, record
+from fedjax_peft import objective, peft, record, split
 from fedjax_peft.interop import arrays, layout, naming, rotation, settings
 from fedjax_peft.models import decoder, encoder, family
 
@@ -45,8 +45,8 @@ def export_adapter(
 
   Args:
     parts: an Encoder, Decoder or ViT with adapters of one method (lora, dora,
-      ia3, prompt or prefix), not frozen; or one taken apart by
-      `objective.model` or `peft.split`.
+      ia3, prompt or prefix), not frozen, cut or not (`split.whole`); or one
+      taken apart by `objective.model` or `peft.split`.
     params: {path: array}, of what trains; others keep the module's values.
       None keeps all. Factors may have a smaller rank than the module's.
     directory: made if it is not there.
@@ -69,7 +69,7 @@ def export_adapter(
     ...   sorted(file.name for file in path.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
   """
-  module = arrays.filled(parts, params)
+  module = split.whole(arrays.filled(parts, params))
   names = naming.of(module, release=release)
   found = layout.contents(module, names)
   method, kind = _METHODS[found.method]

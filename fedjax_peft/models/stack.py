@@ -6,7 +6,7 @@ XLA's CPU backend recomputes the residual stream in every layernorm.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,87 @@ def rows(layers: nnx.Module, start: int, stop: int) -> nnx.Module:
 
   leaves = [some(leaf) for _, leaf in nnx.to_flat_state(state)]
   return nnx.merge(graph, leaves, copy=True)
+
+
+def joined(parts: Sequence[nnx.Module]) -> nnx.Module:
+  """Stacked modules as one, block after block: undoes `rows`.
+
+  Args:
+    parts: stacks of the same blocks; untouched.
+
+  Returns:
+    A module of the same structure; every leaf is `[depth, ...]`, as many as
+    there are blocks in all parts. If a leaf is trained in some parts, it is in
+    all, but for the first blocks where it was not.
+
+  Raises:
+    ValueError: if the blocks are not alike.
+  """
+  split = [nnx.split(part, graph=True) for part in parts]
+  leaves = [nnx.to_flat_state(state) for _, state in split]
+  _check_alike(leaves)
+  graphs = {_plain(graph, flat) for (graph, _), flat in zip(split, leaves)}
+  if len(graphs) > 1:
+    raise ValueError(
+      f"{_ALIKE}: got the same arrays, but other constants beside them, such "
+      f"as the factor of an adapter; {_MERGE}"
+    )
+  rows = zip(*([leaf for _, leaf in flat] for flat in leaves), strict=True)
+  return nnx.merge(split[0][0], [_one(some) for some in rows], copy=True)
+
+
+_ALIKE = "blocks that become one stack must be alike"
+_MERGE = "fold adapters into their layers before (peft.merged, --merged)"
+
+
+def _check_alike(leaves) -> None:
+  """Raises ValueError unless all parts have leaves of the same shapes."""
+  first, *others = (
+    {"/".join(map(str, path)): leaf.shape[1:] for path, leaf in flat}
+    for flat in leaves
+  )
+  for other in others:
+    for name in sorted(first.keys() | other.keys()):
+      one, two = (x.get(name, "missing") for x in (first, other))
+      if one != two:
+        raise ValueError(
+          f"{_ALIKE}: got blocks in which {name!r} is "
+          f"{_shape(one)}, and others in which it is {_shape(two)}; {_MERGE}"
+        )
+
+
+def _shape(found) -> str:
+  return found if isinstance(found, str) else f"{list(found)}"
+
+
+def _plain(graph, flat) -> nnx.GraphDef:
+  """What is static in a stack, whatever of it is trained."""
+  values = [
+    nnx.Param(leaf.get_raw_value()) if isinstance(leaf, nnx.Variable) else leaf
+    for _, leaf in flat
+  ]
+  return nnx.graphdef(nnx.merge(graph, values, copy=True))
+
+
+def _one(leaves):
+  """A leaf of all blocks, of one for each part."""
+  if not isinstance(leaves[0], nnx.Variable):
+    return jnp.concatenate(leaves)
+  trained = [leaf for leaf in leaves if type(leaf) is not nnx.Param]
+  metadata = dict((trained or leaves)[-1].get_metadata())
+  metadata.pop(_STILL, None)
+  kind, still = type((trained or leaves)[-1]), 0
+  for leaf in leaves:
+    count = leaf.shape[0]
+    rests = leaf.get_metadata().get(_STILL, 0)
+    rests = count if trained and type(leaf) is nnx.Param else rests
+    still += min(rests, count)
+    if rests < count:
+      break
+  if still:
+    metadata[_STILL] = still
+  value = jnp.concatenate([leaf.get_raw_value() for leaf in leaves])
+  return kind.from_metadata(value, metadata)
 
 
 def apply(

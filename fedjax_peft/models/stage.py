@@ -11,7 +11,8 @@ returns `visit(i, x) -> x`; it is called with the stream after every stage i of
 the model but the last.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -138,6 +139,72 @@ def part(model: Any, start: int, stop: int) -> Any:
       first, last = after[0] - before[0], after[-1] - before[0]
       _put(clone, path, stack.rows(_take(clone, path), first, last + 1))
   return clone
+
+
+def joined(parts: Sequence[Any]) -> Any:
+  """Parts one after another as one model: undoes `part`.
+
+  Args:
+    parts: of one model, each beginning where the one before it ends; they may
+      have been trained since. Untouched.
+
+  Returns:
+    A model of the same class, with the stages of all of them.
+
+  Raises:
+    ValueError: if they do not follow each other, rows of a stack are not alike,
+      or a variable that several parts read is no longer the same in all.
+
+  Example:
+    >>> from fedjax_peft import models
+    >>> model = models.load("cnn", classes=10)
+    >>> again = joined([model.part(0, 2), model.part(2, 5)])
+    >>> nnx.graphdef(again) == nnx.graphdef(model)
+    True
+  """
+  spans = [part.span for part in parts]
+  if any(a.stop != b.start for a, b in itertools.pairwise(spans)):
+    raise ValueError(
+      "parts must follow each other to be one model: got stages "
+      f"{[(span.start, span.stop) for span in spans]}; give them in order"
+    )
+  held = [nnx.clone(part, graph=True) for part in parts]
+  clone, stages = held[0], held[0].stages()
+  clone.span = spans[0]._replace(stop=spans[-1].stop)
+  here = stages[clone.span.start : clone.span.stop]
+  for path in dict.fromkeys(p for s in here for p in s.owns):
+    some = [
+      part
+      for part, span in zip(held, spans, strict=True)
+      if any(path in s.owns for s in stages[span.start : span.stop])
+    ]
+    found = [_take(part, path) for part in some]
+    _put(clone, path, stack.joined(found) if found[1:] else found[0])
+    if path == "prompt":
+      clone.prompt_width = some[0].prompt_width
+  _check_copies(clone, held, stages)
+  return clone
+
+
+def _check_copies(whole, parts, stages) -> None:
+  """Raises ValueError if copies of what stages read were trained apart."""
+  for part in parts:
+    for path in {p for s in stages[slice(*part.span[:2])] for p in s.reads}:
+      one, two = (
+        jax.tree.leaves(nnx.state(_take(x, path))) for x in (whole, part)
+      )
+      if not all(map(_is_same, one, two)):
+        raise ValueError(
+          f"{path!r} is read by several parts and must be the same in all: got "
+          "copies that were trained apart, which are no one model; freeze it"
+        )
+
+
+def _is_same(a, b) -> bool:
+  """Whether arrays are equal; of arrays without values, as far as is known."""
+  if a is b or not all(isinstance(x, jax.Array) for x in (a, b)):
+    return a.shape == b.shape
+  return bool((a == b).all())
 
 
 def message(x: jax.Array, count: int = 0, **integers: jax.Array) -> Message:

@@ -29,7 +29,7 @@ class Known(NamedTuple):
     gains: float64 [C], linear, of this round.
     on: bool [C], whether there is a link; without one nothing happens.
     down: float64 [C], bits per second at which the model comes.
-    back: float64 [C], bits per second down to each alone.
+    back: float64 [C], bits per second at which answers come in steps.
     radio: the cell.
     server: what computes a part of their steps; of one that is shared what
       these clients have together.

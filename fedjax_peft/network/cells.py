@@ -107,7 +107,7 @@ def decide(
     moment: whose round begins.
     machines: of the C clients.
     signal: their links if nothing is decided.
-    back: float64 [C], bits per second down to each alone.
+    back: float64 [C], bits per second at which answers come in steps.
     server: of all; of one that is shared a cell has as large a part as its
       clients are of all.
     load: (places [k], {trait: int32 [k]}) -> what the round would ask of each

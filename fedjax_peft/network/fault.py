@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_peft import validate, work
+from fedjax_peft import tailoring, validate, work
 from fedjax_peft.data import hashing
 from fedjax_peft.network import corruption, draw, drift, spell
 from fedjax_peft.network import phases as phases_lib
@@ -165,6 +165,44 @@ def disconnect(rate: float, mean_rounds: float = 5.0) -> Fault:
     return phases_lib.lose(round, np.where(away, phases_lib.DOWN, 0), 0.0)
 
   return Fault(f"disconnect({rate}, {mean_rounds})", phases)
+
+
+def outage(rate: float) -> Fault:
+  """Links are gone in the midst of a round, and back when its steps are done.
+
+  For a model that is cut, whose devices go on with the last gradient that came
+  (`split.offline`): of the steps without a link nothing crosses and a server
+  computes nothing. The model comes down before and the report goes up after.
+
+  Args:
+    rate: probability, in [0, 1], that the link of a client that still has one
+      is gone from a step on, so that it has one for k steps or more with
+      probability (1 - rate)^k.
+
+  Raises:
+    ValueError: if `rate` is out of range; when it is put to work, if clients
+      do what no link is needed for.
+  """
+  _probability(rate=rate)
+
+  def wrap(job):
+    if tailoring.ONLINE not in job.traits:
+      raise ValueError(
+        "an outage cuts links in the midst of steps, and needs clients that go "
+        f"on without: got work that reads the traits {list(job.traits)}, but "
+        f"not '{tailoring.ONLINE}'; use split.offline.tolerant"
+      )
+    return job
+
+  def traits(ids, number, seed):
+    drawn = draw.uniform(seed, "outage", number, ids)
+    with np.errstate(divide="ignore"):
+      steps = np.log(drawn) / np.log1p(-rate) if rate else np.inf * drawn
+    return {
+      tailoring.ONLINE: np.minimum(steps, tailoring.ALWAYS).astype(np.int32)
+    }
+
+  return Fault(f"outage({rate})", wrap=wrap, traits=traits)
 
 
 def stragglers(fraction: float, factor: float, *, always: bool = True) -> Fault:
@@ -391,5 +429,6 @@ FAULTS: dict[str, Callable[..., Fault]] = {
   "duplicates": duplicates,
   "late": late,
   "mislabel": mislabel,
+  "outage": outage,
   "stragglers": stragglers,
 }

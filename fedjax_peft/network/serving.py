@@ -6,8 +6,10 @@ for each other, so a client's steps take, over all of its batches,
   T = FLOPs / f + up bits / r_up + server FLOPs / f_s + down bits / r_down.
 
 Activations and gradients differ from client to client: nothing of them is
-broadcast. A device that learns without an answer goes on while the server
-works, and waits at the end for what that needs longer.
+broadcast. Where the server answers all clients with one gradient, that goes
+down once for all of them, as a model does over such links; each receives it. A
+device that learns without an answer goes on while the server works, and waits
+at the end for what that needs longer.
 """
 
 import math
@@ -27,20 +29,27 @@ class Server(NamedTuple):
     shared: whether the clients at work at one time divide it, those that need
       it at all; else each has so much of its own.
     waits: whether a device waits for its answer in every step.
+    common: whether that is the same for all clients of a round, so that it goes
+      down as a model does: once, where links broadcast.
   """
 
   flops: float = math.inf
   shared: bool = False
   waits: bool = True
+  common: bool = False
 
   def among(self, clients: int) -> "Server":
     """What each of so many at work at one time has."""
     share = max(clients, 1) if self.shared else 1
-    return Server(self.flops / share, waits=self.waits)
+    return self._replace(flops=self.flops / share, shared=False)
 
 
 def server(
-  flops: float = math.inf, *, shared: bool = False, waits: bool = True
+  flops: float = math.inf,
+  *,
+  shared: bool = False,
+  waits: bool = True,
+  common: bool = False,
 ) -> Server:
   """A server, checked.
 
@@ -48,6 +57,7 @@ def server(
     flops: FLOP/s that it sustains, > 0.
     shared: whether the clients of a round divide it.
     waits: whether a device waits for its answer in every step.
+    common: whether all clients of a round get the same answer.
 
   Raises:
     ValueError: if it computes nothing.
@@ -58,7 +68,7 @@ def server(
   """
   if flops != math.inf:
     validate.positive(flops=flops)
-  return Server(flops, shared, waits)
+  return Server(flops, shared, waits, common)
 
 
 def timed(
@@ -76,7 +86,7 @@ def timed(
     machines: of these clients.
     signal: their links; where one is on, its client is at work.
     server: what computes the rest of their steps; None: there is no rest.
-    back: float64 [C], bits per second down to each client alone.
+    back: float64 [C], bits per second at which a client's answers come.
     speed: float64 [C], FLOP/s of the server for each; None is as `server` says.
 
   Returns:

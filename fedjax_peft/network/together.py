@@ -67,7 +67,7 @@ def _one(turns: list[plan_lib.Turn]) -> plan_lib.Turn:
   records = [t.record for t in turns]
   record = dict(records[-1])
   for name in record:
-    adds = name.startswith(("device/", "round/", "server/"))
+    adds = name.startswith(("cut/", "device/", "round/", "server/"))
     if adds and name != "device/excluded":
       record[name] = sum(r[name] for r in records)
   record["clock/updates"] = len(turns)

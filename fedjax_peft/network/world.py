@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_peft import tailoring
 from fedjax_peft.network import (
   adaptation,
   availability,
   cells,
+  first,
   ledger,
   multi,
   phases,
@@ -78,6 +80,8 @@ class World(NamedTuple):
       int64 [C]; None is what the local work says.
     server: what computes a part of clients' steps; None where their machines
       do it all.
+    before: float64 [N], bytes that each sends up once in the whole run, in the
+      midst of its first steps; None: nobody does.
     adapt: what is decided for clients when their round begins; None: nothing.
     recharge: watts that flow into a battery at all times.
     patience: seconds, > 0, after which the server looks again when nobody is
@@ -100,6 +104,7 @@ class World(NamedTuple):
   prices: ledger.Prices = ledger.Prices()
   steps: Callable[..., np.ndarray] | None = None
   server: serving.Server | None = None
+  before: np.ndarray | None = None
   adapt: adaptation.Adaptation | None = None
   recharge: float = 0.0
   patience: float = 60.0
@@ -124,6 +129,7 @@ def start(world: World) -> Memory:
     "last": np.full(clients, -1, np.int64),
     "loss": np.zeros(2),  # mean of the first that were heard, and the last
   }
+  memory |= first.start(world.before)
   if world.home is not None:
     nodes = np.full(clients, -1, np.int32)
     memory["nodes"] = world.home(world.distance(0.0), 0, nodes)
@@ -239,8 +245,9 @@ def happen(
   """
   machines, moment = world.fleet.take(ids), _moment(world, memory, ids, number)
   signal = cells.signals(world.radio, moment)
-  back = signal.down
-  if world.server is not None:  # what comes back to one is not for the others
+  back, left = signal.down, first.left(world.before, memory, ids)
+  if world.server is not None and not world.server.common:
+    # What comes back to one is not for the others.
     back = cells.signals(multi.unicast(world.radio), moment).down
 
   def timed(load, speed=None):
@@ -249,12 +256,13 @@ def happen(
   def load(places, traits):
     count = None if steps is None else steps[places]
     decided = (traits,) if traits else ()
-    return world.load(ids[places], number, count, *decided)
+    found = world.load(ids[places], number, count, *decided)
+    return found._replace(stream_up=found.stream_up + left[places])
 
   steps = None
   if world.steps is not None and ids.size:
     once, _ = timed(world.load(ids, number, np.ones(ids.size, np.int64)))
-    links = once.down + once.up
+    links = once.down + once.up + phases.transfer(left, signal.up)
     steps = world.steps(ids, number, memory, once.compute, links)
   chosen = adaptation.UNCHANGED
   if world.adapt is not None and ids.size:
@@ -262,7 +270,7 @@ def happen(
     chosen = cells.decide(world.adapt, world.radio, moment, *facts)
     signal = cells.signals(world.radio, moment, chosen)
     machines = adaptation.drawing(machines, world.radio, chosen.watts)
-  asked = load(slice(None), chosen.traits)
+  asked = load(slice(None), _linked(world, ids, number) | dict(chosen.traits))
   planned, parts = timed(asked, chosen.speed)
   real = planned
   if signal.lost.any():
@@ -274,6 +282,12 @@ def happen(
   return Happened(
     machines, asked, planned, real, steps, parts, chosen.traits, chosen.band
   )
+
+
+def _linked(world, ids, number):
+  """{trait: [C]}, for how many steps clients have a link; {} where for all."""
+  drawn = world.fault.traits(ids, number, world.seed)
+  return {k: v for k, v in drawn.items() if k == tailoring.ONLINE}
 
 
 def _moment(world, memory, ids, number):
@@ -347,7 +361,10 @@ def settle(
   battery = battery + world.recharge * seconds
   last = memory["last"].copy()
   last[costs.client[costs.used]] = number
-  memory = memory | {
+  sent, once = first.settle(world.before, memory, costs)
+  record |= once
+  memory = memory | sent
+  memory |= {
     "now": np.asarray(memory["now"] + seconds),
     "spent": spent,
     "battery": np.clip(battery, 0.0, world.fleet.battery),

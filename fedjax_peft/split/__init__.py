@@ -3,11 +3,13 @@
 | where | what |
 | --- | --- |
 | `pipeline`, `Wire` (`cutting`) | a model cut into parts, and what crosses |
+| `whole` | what was cut as one model again |
 | `movable`, `hybrid` | cuts that differ between clients, in one program |
 | `Modules` | any modules as a model that can be cut |
 | `splitfed`, `in_turn`, `lockstep` | who trains which part, and when |
 | `prefix_of` | a frozen first part, computed once for each example |
 | `local_loss`, `offline` | a device without an answer, or without a link |
+| `feedback`; `memory` | what a wire could not say; what is remembered |
 | `cost`; `table`, `held`, `piece` | what steps, and stages, cost each side |
 | `problem`, `allocate`, `bound` | what is divided, the best way, its limit |
 | `shares`, `interior`, `power`, `finish` | of it: band, server and powers |
@@ -23,6 +25,7 @@ import importlib
 
 from fedjax_peft.split.cost import Split
 from fedjax_peft.split.cutting import Pipeline, Wire, pipeline
+from fedjax_peft.split.joining import whole
 from fedjax_peft.split.local import local_loss, with_head
 from fedjax_peft.split.modules import Modules
 from fedjax_peft.split.moving import hybrid, movable
@@ -45,6 +48,7 @@ __all__ = [
   "prefix_of",
   "relay",
   "splitfed",
+  "whole",
   "with_head",
 ]
 
@@ -55,7 +59,9 @@ _MODULES = (
   "bound",
   "cost",
   "explain",
+  "feedback",
   "held",
+  "memory",
   "offline",
   "outcome",
   "power",

@@ -1,9 +1,8 @@
 """What split training costs: bytes that cross, FLOPs and memory of each side.
 
-Bytes are those of the arrays that a wire holds for a batch, with the labels
-and lengths that the server's side reads. FLOPs are counted from the traced
-step: the device does what the gradient by its own leaves needs, the server all
-the rest.
+Bytes are those of the arrays that cross (`crossing`). FLOPs are counted from
+the traced step: the device does what the gradient by its own leaves needs, the
+server all the rest.
 """
 
 import functools
@@ -16,9 +15,9 @@ from flax import nnx
 from jax.interpreters import partial_eval
 
 from fedjax_peft import flops as flops_lib
-from fedjax_peft import link, objective, one_step, tree, work
+from fedjax_peft import objective, one_step, tree, work
 from fedjax_peft.peft import adapter
-from fedjax_peft.split import cutting, local
+from fedjax_peft.split import crossing, cutting, local, prefix
 
 PyTree = Any
 Traits = Mapping[str, float]
@@ -35,12 +34,18 @@ class Split(NamedTuple):
       gradients and updates of those that it trains, and what its backward pass
       reads of a batch.
     waits: whether a device waits for a server's answer in every step.
+    common: whether that answer is the same for all clients at work, so that
+      it can be broadcast.
+    before: (traits) -> bytes of an example that cross up once in the whole
+      run, before its client's first step; None: none do.
   """
 
   bytes: Callable[[int, Traits], tuple[int, int]]
   flops: Callable[[int, Traits], tuple[float, float]]
   memory: Callable[[Traits], int]
   waits: bool = True
+  common: bool = False
+  before: Callable[[Traits], int] | None = None
 
 
 def measure(
@@ -68,7 +73,8 @@ def measure(
   """
   traced = _Traced(job, model, examples, cut_of)
   batch = job.local.batch
-  _, wires = traced.plan({}) or ((), [cutting.Wire()])
+  _, wires, kept = traced.plan({}) or ((), [cutting.PLAIN], None)
+  back = [wire for wire in wires if wire.down is not None]
 
   def once(fun):
     """Remembers results by the traits that say what is computed."""
@@ -83,13 +89,18 @@ def measure(
   whole = functools.cache(
     lambda: one_step.flops_of(job, model.base, dict(examples))
   )
-  crossing = once(traced.crossing)
+  sent = once(traced.sent)
   mine = once(lambda traits: traced.device_flops(traits, whole()))
 
+  def over(traits):
+    found = sent(traits)
+    if found is None or wires_of is None:
+      return found
+    return found._replace(wires=wires_of(traits))
+
   def size(rows, traits):
-    found = crossing(traits)
-    own = wires_of(traits) if found and wires_of else None
-    return _bytes(found, rows, own)
+    found = over(traits)
+    return (0, 0) if found is None else crossing.in_step(found, rows)
 
   def products(rows, traits):
     own = mine(traits)
@@ -99,48 +110,9 @@ def measure(
     size,
     products,
     once(lambda traits: traced.memory(batch, traits)),
-    any(wire.down is not None for wire in wires),
-  )
-
-
-class _Crossing(NamedTuple):
-  """What crosses wires in a step on a batch.
-
-  Attributes:
-    names: of the parts.
-    wires: between them.
-    messages: specs of what comes to each wire, and behind the last.
-    told: specs of the examples that the loss reads where no data are.
-  """
-
-  names: tuple[str, ...]
-  wires: Sequence[cutting.Wire]
-  messages: list
-  told: list
-
-
-def _bytes(crossing, rows, wires):
-  """(up, down) of a step on so many examples; over these wires, if any."""
-  if crossing is None:
-    return 0, 0
-  total = {"up": 0, "down": 0}
-  home = [cutting.is_at_home(name) for name in crossing.names]
-  for i, wire in enumerate(crossing.wires if wires is None else wires):
-    if home[i] == home[i + 1]:
-      continue  # between servers, or on the device
-    there, back = ("up", "down") if home[i] else ("down", "up")
-    floats, rest = cutting.divide(_few(crossing.messages[i], rows))
-    total[there] += _sent(wire.up, floats) + tree.nbytes(rest)
-    if wire.down is not None:
-      total[back] += _sent(wire.down, floats)
-  total["up"] += tree.nbytes(_few(crossing.told, rows))
-  return total["up"], total["down"]
-
-
-def _few(batch: PyTree, rows: int) -> PyTree:
-  """Specs of so many examples, of specs of a batch; axis B leads."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch
+    waits=bool(back),
+    common=any(wire.common for wire in back),
+    before=None if kept is None else lambda x: crossing.before(over(x)),
   )
 
 
@@ -179,13 +151,16 @@ class _Traced(NamedTuple):
     """The pipeline, or None, of traced leaves."""
     return self.cut_of(self.model.module({**still, **weights}, base), traits)
 
-  def plan(self, traits) -> tuple[tuple, tuple] | None:
-    """Names of the parts, and wires; None where nothing is cut."""
+  def plan(self, traits) -> tuple[tuple, tuple, Any] | None:
+    """Names of the parts, wires, and that of messages which crossed before.
+
+    None where nothing is cut.
+    """
     found: list = []
 
     def run(*leaves):
       pipe = self.cut(traits, *leaves)
-      found.append(pipe and (pipe.names, pipe.wires))
+      found.append(pipe and (pipe.names, pipe.wires, prefix.crossed(pipe)))
 
     jax.eval_shape(run, *self.leaves)
     return found[0]
@@ -204,16 +179,18 @@ class _Traced(NamedTuple):
 
     return jax.eval_shape(run, *self.leaves, self.rows(rows))
 
-  def crossing(self, traits) -> _Crossing | None:
+  def sent(self, traits) -> crossing.Crossing | None:
     """What crosses in a step; None where nothing is cut."""
     plan = self.plan(traits)
     if plan is None:
       return None
-    names, wires = plan
+    names, wires, before = plan
     messages = self.journey(self.job.local.batch, traits)
     at_home = cutting.is_at_home(names[-1])
     told = [] if at_home else self.told(traits, messages[-1])
-    return _Crossing(names, wires, messages, told)
+    if before is not None:
+      wires = (before, *wires[1:])
+    return crossing.Crossing(names, wires, messages, told, before is not None)
 
   def told(self, traits, message) -> list:
     """Specs of the examples that the loss reads where no data are."""
@@ -237,7 +214,7 @@ class _Traced(NamedTuple):
     plan = self.plan(traits)
     if plan is None:
       return total
-    names, wires = plan
+    names, wires, _ = plan
     rows = self.rows(self.job.local.batch)
     messages = self.journey(self.job.local.batch, traits)
     learns = wires[0].down is not None or hasattr(
@@ -312,14 +289,14 @@ def _leaves(parts, trained):
   passing is not.
   """
   found: tuple[list, list] = [], []
-  for prefix, part in parts:
+  for front, part in parts:
     _, state = nnx.split(part, graph=True)
     for path, leaf in nnx.to_flat_state(state):
       name = adapter.join(path)
       if isinstance(leaf, nnx.RngState):
         continue
       value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-      still = name not in trained and prefix + name not in trained
+      still = name not in trained and front + name not in trained
       found[still].append(value)
   return found
 
@@ -332,14 +309,3 @@ def _features(examples):
 def _is_key(x) -> bool:
   """Whether a spec is that of a random key."""
   return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _sent(links: link.Link, message: Mapping[str, Any]) -> int:
-  """Bytes on the wire of a message."""
-  return _on_wire(links, tuple(sorted(message.items())))
-
-
-@functools.lru_cache(maxsize=4096)
-def _on_wire(links, items):
-  """The same of {name: spec} as pairs; tracing a link takes a while."""
-  return tree.nbytes(links.after(link.Spec(dict(items))).message)

@@ -47,7 +47,7 @@ class Pipeline(nnx.Module):
   Attributes:
     names: of the parts, in order; each is an attribute of this name.
     wires: between each part and the next.
-    offline: what the device does without a link, or None; see `offline`.
+    memory: what a client keeps from step to step, or None; see `memory`.
   """
 
   def __init__(
@@ -57,7 +57,7 @@ class Pipeline(nnx.Module):
     for name, part in parts.items():
       setattr(self, name, part)
     self.wires = tuple(wires)
-    self.offline = nnx.data(None)
+    self.memory = nnx.data(None)
     self.rngs = nnx.Rngs(cut=seed)
 
   def parts(self) -> list[nnx.Module]:
@@ -78,12 +78,15 @@ class Pipeline(nnx.Module):
   ) -> dict[str, jax.Array]:
     """What the last part gets of what the first one hands on; see `cross`."""
     key, parts = self.rngs.cut(), self.parts()
-    if self.offline is not None:
-      message = self.offline(message)
+    held: Mapping[str, Any] = {}
+    if self.memory is not None:
+      held = self.memory.feedback
+      message, real = self.memory.arrive(message, real)
     for i, wire in enumerate(self.wires):
       if i:
         message = parts[i](message)
-      message = cross(wire, message, jax.random.fold_in(key, i), real)
+      own = jax.random.fold_in(key, i)
+      message = cross(wire, message, own, real, held.get(str(i)))
     return message
 
 
@@ -193,6 +196,7 @@ def cross(
   message: Mapping[str, jax.Array],
   key: jax.Array,
   real: jax.Array | None = None,
+  held: Callable | None = None,
 ) -> dict[str, jax.Array]:
   """A message as it is received: floats cross the wire, integers as they are.
 
@@ -202,8 +206,12 @@ def cross(
     key: of the links' randomness.
     real: [B], 0 for rows that are padding; None: there are none. Of a common
       gradient they get nothing, though other clients have examples there.
+    held: what the wire has not said yet (`feedback.Held`), which is for rows
+      that are known to be real or not.
   """
   floats, rest = divide(message)
+  if held is not None and real is not None:
+    return {**held(wire, floats, key, real), **rest}
   received = link.cut(wire.up, wire.down or link.chain())(floats, key)
   if wire.down is None:
     received = jax.lax.stop_gradient(received)

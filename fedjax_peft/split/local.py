@@ -69,8 +69,9 @@ def local_loss(loss: Callable) -> Callable:
     if not hasattr(module, cutting.HEAD):  # what a server sees
       return loss(module, examples, key)
     features = {k: v for k, v in examples.items() if k != "label"}
+    real = features.pop(cutting.REAL, None)
     message = module.parts()[0](**features)
-    seen = cutting.behind(module, module.onward(message))
+    seen = cutting.behind(module, module.onward(message, real))
     each, metrics = loss(seen, examples, key)
     own, more = loss(lambda **_: guess(module, message), examples, key)
     more = {f"device_{k}": v for k, v in more.items()}

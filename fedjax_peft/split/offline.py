@@ -5,8 +5,13 @@ along it, for as many steps as the round has left. The server's copy of the
 other parts waits. When the link is back the next gradient takes its place, so
 nothing is replayed and nothing jumps.
 
-The gradient is a leaf that lives on the client. Its own "gradient" is what
-comes back over the wire, and its "step" is to become that.
+The gradient is a `memory`, which becomes what comes back over the wire.
+
+  pipe = offline.with_memory(pipe, batch, examples)
+  model = fp.model(pipe, offline.gated(loss))
+  local = memory.remembering(local)
+  made = fp.fedavg(model, local, placement=offline.PLACEMENT)
+  made = offline.tolerant(split.splitfed(made, model, examples))
 """
 
 from collections.abc import Callable, Mapping
@@ -14,16 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from fedjax_peft import algorithm, tailoring, work
-from fedjax_peft.peft import adapter
-from fedjax_peft.split import cutting, moving
+from fedjax_peft import algorithm, tailoring
+from fedjax_peft.split import cutting, memory, moving
 
-ONLINE = "online"  # trait: steps of a round in which the link is there
-GRADIENT = "offline/gradient"
-_ONLINE = "offline/online"
+GRADIENT = f"{memory.PREFIX}offline/gradient"
+_ONLINE = f"{memory.PREFIX}offline/online"
+PLACEMENT = {_ONLINE: "frozen", **memory.PLACEMENT}
 
 
 class Offline(nnx.Module):
@@ -76,7 +79,7 @@ def with_memory(
     features: {name: [M, ...]}, for shapes.
 
   Returns:
-    A clone with an `offline` part.
+    A clone with leaves `memory/offline/...`.
 
   Raises:
     ValueError: if no gradient comes back.
@@ -86,39 +89,8 @@ def with_memory(
       "a device that goes on with the last gradient must get one: the first "
       "wire lets none back; give it a link for `down`"
     )
-  first = {
-    k: jax.ShapeDtypeStruct((batch, *v.shape[1:]), v.dtype)
-    for k, v in features.items()
-    if k != "label"
-  }
-  graph, state = nnx.split(pipe.parts()[0])
-  message = jax.eval_shape(
-    lambda state, first: nnx.merge(graph, state)(**first), state, first
-  )
-  clone: Any = nnx.clone(pipe)
-  adapted = adapter.find(pipe, adapter.Adapter)
-  kind = adapter.Adapter if adapted else nnx.Param
-  clone.offline = Offline(message["x"].shape, kind)
-  return clone
-
-
-def going_on(local: work.Local) -> work.Local:
-  """The same local training, in which gradients are remembered."""
-
-  def becomes(updates, state, params=None):
-    return jax.tree.map(jnp.subtract, updates, params), state
-
-  remember = optax.GradientTransformation(lambda _: optax.EmptyState(), becomes)
-
-  def label(params):
-    return {k: "remember" if k == GRADIENT else "train" for k in params}
-
-  def optimizer(round):
-    return optax.partition(
-      {"train": local.optimizer(round), "remember": remember}, label
-    )
-
-  return local._replace(optimizer=optimizer)
+  x = memory.messages(pipe, batch, features)[0]["x"]
+  return memory.with_part(pipe, "offline", Offline(x.shape, memory.kind(pipe)))
 
 
 def gated(loss: Callable) -> Callable:
@@ -126,23 +98,20 @@ def gated(loss: Callable) -> Callable:
 
   def run(module, examples, key):
     each, metrics = loss(module, examples, key)
-    if not hasattr(module, "offline"):  # what a server sees
+    if not hasattr(module, "memory"):  # what a server sees
       return each, metrics
-    online = module.offline.online[...]
+    online = module.memory.offline.online[...]
     return jnp.where(online, each, jax.lax.stop_gradient(each)), metrics
 
   return run
-
-
-PLACEMENT = {GRADIENT: "device", _ONLINE: "frozen"}
 
 
 def tolerant(made: algorithm.Algorithm) -> algorithm.Algorithm:
   """An algorithm whose clients go on when their link is gone.
 
   Args:
-    made: of a model `with_memory` and a `gated` loss, trained as `going_on`
-      says, with the placement `PLACEMENT`.
+    made: of a model `with_memory` and a `gated` loss, `remembering`, with the
+      placement `PLACEMENT`.
 
   Returns:
     The algorithm; clients have a link for so many steps of a round as their
@@ -152,17 +121,17 @@ def tolerant(made: algorithm.Algorithm) -> algorithm.Algorithm:
     ValueError: if a part of this is missing.
   """
   whole = made.work
-  for name, label in PLACEMENT.items():
+  for name, label in ((GRADIENT, "device"), (_ONLINE, "frozen")):
     if whole.placement.get(name) != label:
       raise ValueError(
         f"a device that goes on without its link keeps '{name}' as {label!r}: "
         f"got {whole.placement.get(name)!r}; use with_memory, and placement="
-        "{**placement, **split.offline.PLACEMENT}"
+        "{**split.offline.PLACEMENT, ...}"
       )
 
   def own(sent, facts, taken):
-    here = {_ONLINE: taken < facts[ONLINE]}
+    here = {_ONLINE: taken < facts[tailoring.ONLINE]}
     return sent._replace(params=sent.params | here)
 
-  job = tailoring.tailored(whole, (ONLINE,), own)
+  job = tailoring.tailored(whole, (tailoring.ONLINE,), own)
   return algorithm.extended(made, job=job)

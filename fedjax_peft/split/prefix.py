@@ -4,11 +4,14 @@ Where nothing before the first wire is trained, what crosses there is the same
 in every round. It becomes a feature of the data: one program, of one shape,
 makes it from the examples, and steps read it. Whether that program runs once
 or before every round changes no bit.
+
+The server remembers what it got: an example's message crosses the first wire
+once, alone, and never in a step.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,14 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fedjax_peft import data, peft, record, validate
+from fedjax_peft import data, link, peft, record, validate
 from fedjax_peft.split import cutting
 
 _AT = "cut/"  # features that hold a message
 
 
 class Recall(nnx.Module):
-  """A part that remembers what it would compute."""
+  """A part that remembers what it would compute.
+
+  Attributes:
+    wire: what messages crossed before they were remembered.
+  """
+
+  def __init__(self, wire: cutting.Wire = cutting.PLAIN):
+    self.wire = wire
 
   def __call__(self, *inputs, **features) -> dict[str, jax.Array]:
     """The message, of features that hold it."""
@@ -40,20 +50,33 @@ class Recall(nnx.Module):
     }
 
 
+def crossed(pipe: cutting.Pipeline) -> cutting.Wire | None:
+  """What messages crossed that the server remembers; None if it has none."""
+  first = pipe.parts()[0]
+  home, then = (cutting.is_at_home(name) for name in pipe.names[:2])
+  is_kept = isinstance(first, Recall) and home and not then
+  return first.wire if is_kept else None
+
+
 class Prefix(NamedTuple):
   """The frozen first part of a pipeline; see `prefix_of`.
 
   Attributes:
     module: the part.
-    rest: the pipeline, with `Recall` in place of that part.
+    rest: the pipeline, with `Recall` in place of that part; where that is on
+      the device and the next is not, nothing crosses between them any more.
     dtype: of the messages that are kept.
     rows: examples that are computed at once; results do not depend on which.
+    wire: what an example's message crosses once; None: it stays on the device.
+    key: of the wire's randomness.
   """
 
   module: nnx.Module
   rest: cutting.Pipeline
   dtype: str
   rows: int
+  wire: cutting.Wire | None
+  key: jax.Array
 
   @property
   def is_exact(self) -> bool:
@@ -85,35 +108,49 @@ class Prefix(NamedTuple):
     Returns:
       {name: [M, ...]}, in the dtype that is kept.
     """
-    features = {k: np.asarray(v) for k, v in examples.items() if k != "label"}
-    count = len(next(iter(features.values())))
+    features = {k: v for k, v in examples.items() if k != "label"}
     graph, state = nnx.split(self.module)
-    made: list = []
-    for start in range(0, count, self.rows):
-      place = np.minimum(np.arange(start, start + self.rows), count - 1)
-      batch = {k: v[place] for k, v in features.items()}
-      message = _compute(graph, state, batch, self.dtype)
-      keep = min(self.rows, count - start)
-      made.append({k: np.asarray(v)[:keep] for k, v in message.items()})
-    return {k: np.concatenate([m[k] for m in made]) for k in made[0]}
+
+    def run(batch, place):
+      return _compute(graph, state, batch, self.dtype)
+
+    return _in_blocks(run, features, self.rows)
+
+  def sent(self, messages: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the next part gets of every example's message.
+
+    Args:
+      messages: {name: [M, ...]}, what the part hands on.
+
+    Returns:
+      The same shapes and dtypes. The m-th message depends on itself, on m and
+      on the wire.
+    """
+    if self.wire is None or not link.parts_of(self.wire.up):
+      return dict(messages)
+
+    def run(batch, place):
+      return _cross(self.wire, self.key, batch, place)
+
+    return _in_blocks(run, messages, self.rows)
 
   def remembered(
     self,
     population: data.Population,
     kept: MutableMapping[str, dict[str, np.ndarray]] | None = None,
   ) -> data.Population:
-    """The population, whose examples hold what the part hands on.
+    """The population, whose examples hold what the next part gets.
 
     Args:
       population: any.
-      kept: messages of earlier calls by `fingerprint`: those of the same part
-        and data are used again, others are added.
+      kept: messages of earlier calls by `fingerprint`, before they cross:
+        those of the same part and data are used again, others are added.
     """
     kept = {} if kept is None else kept
     key = self.fingerprint(population)
     if key not in kept:
       kept[key] = self.messages(population.examples)
-    more = {_AT + k: v for k, v in kept[key].items()}
+    more = {_AT + k: v for k, v in self.sent(kept[key]).items()}
     return dataclasses.replace(
       population, examples={**population.examples, **more}
     )
@@ -157,8 +194,45 @@ def prefix_of(
     )
   frozen: Any = peft.freeze(pipe, precision=precision)
   rest: Any = nnx.clone(pipe)
-  setattr(rest, first, Recall())
-  return Prefix(getattr(frozen, first), rest, dtype, rows)
+  wire, key = None, pipe.rngs.cut.key[...]
+  if cutting.is_at_home(first) and not cutting.is_at_home(pipe.names[1]):
+    wire, *others = pipe.wires
+    rest.wires = (cutting.Wire(down=None), *others)
+  setattr(rest, first, Recall(wire or cutting.PLAIN))
+  return Prefix(getattr(frozen, first), rest, dtype, rows, wire, key)
+
+
+def _in_blocks(
+  run: Callable, columns: Mapping[str, Any], rows: int
+) -> dict[str, np.ndarray]:
+  """What (rows of the columns, their places) gives, of as many at a time."""
+  columns = {k: np.asarray(v) for k, v in columns.items()}
+  count = len(next(iter(columns.values())))
+  made: list = []
+  for start in range(0, count, rows):
+    place = np.minimum(np.arange(start, start + rows), count - 1)
+    found = run({k: v[place] for k, v in columns.items()}, place)
+    keep = min(rows, count - start)
+    made.append({k: np.asarray(v)[:keep] for k, v in found.items()})
+  return {k: np.concatenate([m[k] for m in made]) for k in made[0]}
+
+
+@jax.jit(static_argnames="wire")
+def _cross(wire, key, messages, place):
+  """Each of some messages as it is received, sent alone."""
+
+  def one(message, number):
+    alone = {
+      k: v[None].astype(jnp.float32)
+      if jnp.issubdtype(v.dtype, jnp.floating)
+      else v[None]
+      for k, v in message.items()
+    }
+    own = jax.random.fold_in(key, number)
+    came = cutting.cross(wire, alone, own)
+    return {k: v[0].astype(message[k].dtype) for k, v in came.items()}
+
+  return jax.vmap(one)(messages, place)
 
 
 @jax.jit(static_argnames=("graph", "dtype"))

@@ -25,7 +25,7 @@ from fedjax_peft import (
   objective,
   work,
 )
-from fedjax_peft.split import cost, cutting, turns
+from fedjax_peft.split import cost, cutting, memory, turns
 
 
 def splitfed(
@@ -49,7 +49,7 @@ def splitfed(
       that are not in lockstep would get one gradient.
   """
   pipe = of(model)
-  whole, is_own = made.work, cutting.owner_of(pipe)
+  whole, is_own = memory.kept(made.work, pipe), cutting.owner_of(pipe)
   _refuse_idle(pipe, model, whole)
   _refuse_common(pipe, whole)
 
@@ -258,10 +258,14 @@ def lockstep(
       dict(weights)
     )
     own = 1.0 if common else 1 / jnp.maximum(share, 1 / 2**24)
-    grads = {
-      k: g * own if is_own(k) else jax.lax.psum(g, work.LANES)
-      for k, g in grads.items()
-    }
+
+    def of_all(name, grad):
+      if not is_own(name):
+        return jax.lax.psum(grad, work.LANES)
+      # A memory is what has crossed, not a slope of this loss.
+      return grad if name.startswith(memory.PREFIX) else grad * own
+
+    grads = {k: of_all(k, g) for k, g in grads.items()}
     stats = {
       "loss": (total, count),
       **work.masked_metrics(batch.mask, metrics),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import toy
 from fedjax_peft import data
 from fedjax_peft.network import corruption, fault, phases, scenario
 
@@ -19,6 +20,7 @@ MAKE = {
   "duplicates": lambda: fault.duplicates(0.3),
   "late": lambda: fault.late(0.3, 5.0),
   "mislabel": lambda: fault.mislabel(0.3, 3),
+  "outage": lambda: fault.outage(0.3),
   "stragglers": lambda: fault.stragglers(0.3, 10.0),
   "storm": lambda: fault.compose(*scenario.storm()),
 }
@@ -140,6 +142,26 @@ def test_two_faults_of_a_kind_are_independent():
   lost = hit(twice).lost > 0
   assert rare(lost, 1 - 0.7**2) > 1e-3
   assert rare(lost, 0.3) < 1e-3  # what the same draws would give
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.3, 1.0])
+def test_links_last_for_k_steps_as_often_as_is_said(rate):
+  online = fault.outage(rate).traits(CLIENTS, 3, 0)["online"]
+  for k in (1, 2, 5, 20):
+    share, lasts = (1 - rate) ** k, online >= k
+    if share in (0, 1):
+      assert (lasts == share).all()
+    else:
+      assert rare(lasts, share) > 1e-4
+  if rate == 0.3:
+    assert rare(online >= 2, 0.7) < 1e-9  # one step off
+
+
+def test_an_outage_needs_work_that_goes_on_without_a_link():
+  with pytest.raises(ValueError, match="needs clients that go on without: got"):
+    fault.outage(0.1).wrap(toy.voices())
+  gated = toy.voices()._replace(traits=("online",))
+  assert fault.outage(0.1).wrap(gated) is gated
 
 
 def test_two_wraps_of_a_kind_are_refused():

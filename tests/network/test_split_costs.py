@@ -17,6 +17,7 @@ from fedjax_peft.network import (
   fault,
   ledger,
   multi,
+  phases,
   profile,
   radio,
   selection,
@@ -297,6 +298,100 @@ def test_a_model_is_broadcast_and_gradients_are_not():
   assert [one.broadcast for one in both.radios] == [False, False]
 
 
+def test_one_answer_for_all_goes_down_once_and_each_receives_it():
+  """Over a band that all share, as fast as the weakest can hear."""
+  metres = np.linspace(50.0, 400.0, N)[:, None]
+  cell = radio.radio(bandwidth=1e6, shadowing=0.0, fading="none")
+  there = {"radio": cell, "distance": lambda seconds: metres}
+  told = serving.server(SERVER, common=True)
+  _, table = played(place(**there, server=told))
+  station, noise = 10 ** (43 / 10 - 3), 10 ** (-174 / 10 - 3) * 1e6
+  gains = 10 ** (-(128.1 + 37.6 * np.log10(metres[:, 0] / 1e3)) / 10)
+  rate = 1e6 * np.log2(1 + station * gains.min() / noise)
+  for c in range(N):
+    size = by_hand(c, {})["stream_down_bytes"]
+    seconds = table["stream_down_seconds"][c]
+    assert seconds == pytest.approx(8 * size / rate, rel=1e-6)
+    assert table["stream_down_bytes"][c] == size
+    heard = seconds + table["down_seconds"][c]
+    above = MACHINES.receive[c] - MACHINES.idle[c]
+    assert table["receive_joules"][c] == pytest.approx(above * heard, rel=1e-12)
+  # To each its own, each has a part of band and power: of the nearest too.
+  _, apart = played(place(**there))
+  own = 1e6 / N * np.log2(1 + station * gains / noise)
+  ratio = apart["stream_down_seconds"] / table["stream_down_seconds"]
+  np.testing.assert_allclose(ratio, rate / own, rtol=1e-6)
+  assert ratio.min() > N / 4
+  same = set(table) - {"stream_down_seconds", "receive_joules"}
+  for name in same - {"grams", "began_seconds"}:
+    np.testing.assert_array_equal(apart[name], table[name], err_msg=name)
+  # Links that do not broadcast take a copy for each.
+  silent = there | {"radio": cell._replace(broadcast=False)}
+  _, copies = played(place(**silent, server=told))
+  np.testing.assert_array_equal(
+    copies["stream_down_seconds"], apart["stream_down_seconds"]
+  )
+
+
+FIRST = 1000.0 * (1 + np.arange(N))  # bytes that each sends once
+LOSSES = fault.compose(
+  fault.dropout(0.3, "compute"), fault.dropout(0.3, "upload")
+)
+
+
+@pytest.mark.parametrize("losses", [fault.compose(), LOSSES])
+@pytest.mark.parametrize("when", ["synchronous", "in_turn", "buffered"])
+def test_what_is_sent_once_is_paid_until_the_steps_of_a_round_are_done(
+  when, losses
+):
+  clocks = {
+    "synchronous": clock.synchronous(),
+    "in_turn": clock.in_turn(),
+    "buffered": OPEN,
+  }
+  where = place(before=FIRST, fault=losses)
+  found = turns(timeline.plan(where, clocks[when], N), 6)
+  plain = [by_hand(c, {})["stream_up_bytes"] for c in range(N)]
+  flops = [by_hand(c, {})["flops"] for c in range(N)]
+  done, total = set(), 0
+  for turn in found:
+    table, fresh = turn.table, set()
+    for at, c in enumerate(table["client"].tolist()):
+      size = plain[c] + (0 if c in done else FIRST[c])
+      part = table["flops"][at] / flops[c]
+      assert table["stream_up_bytes"][at] == pytest.approx(part * size, abs=0.6)
+      seconds = part * 8 * size / UP
+      assert table["stream_up_seconds"][at] == pytest.approx(seconds, rel=1e-9)
+      if table["lost"][at] in (phases.ARRIVES, phases.UP):
+        assert part == 1
+        fresh |= {c}
+    crossed = sum(FIRST[c] for c in fresh - done)
+    assert turn.record["cut/first_up_bytes"] == crossed
+    done, total = done | fresh, total + crossed
+  assert total == sum(FIRST[c] for c in done) > 0
+  rows = sum(turn.table["client"].size for turn in found)
+  assert rows > len(done)  # so that somebody came again
+
+
+def test_what_is_sent_once_is_no_part_of_a_step_that_must_fit_a_deadline():
+  seen = []
+
+  def count(ids, number, memory, each, links):
+    seen.append((ids, each, links))
+    return np.full(len(ids), 2)
+
+  turns(timeline.plan(place(steps=count), clock.synchronous(), N), 2)
+  where = place(steps=count, before=FIRST)
+  turns(timeline.plan(where, clock.synchronous(), N), 2)
+  for (ids, each, plain), (again, same, first), more in zip(
+    seen[:2], seen[2:], (FIRST, 0 * FIRST), strict=True
+  ):
+    np.testing.assert_array_equal(ids, again)
+    np.testing.assert_array_equal(each, same)
+    wanted = plain + 8 * more[ids] / UP
+    np.testing.assert_allclose(first, wanted, rtol=tol(jnp.float64))
+
+
 def test_waiting_takes_time_and_no_energy_above_idling():
   _, fast = played(place(server=serving.server()))
   _, slow = played(place())
@@ -512,6 +607,7 @@ def test_a_device_needs_the_memory_of_its_part():
 def test_the_server_is_what_a_config_says(kind):
   told = schema.Split(server=kind, server_flops=2e12)
   run = schema.Config(model=schema.Model(name="x"), data={}, split=told)
-  found = scene.server_of(run, job(SPLIT._replace(waits=False)))
-  assert found == serving.Server(2e12, shared=kind == "shared", waits=False)
+  for answer in ({"waits": False}, {"common": True}):
+    found = scene.server_of(run, job(SPLIT._replace(**answer)))
+    assert found == serving.Server(2e12, shared=kind == "shared", **answer)
   assert scene.server_of(run, job(None)) is None

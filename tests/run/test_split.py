@@ -1,19 +1,24 @@
 """Split training as configs say it: every scheme, from a table to a round."""
 
+import functools
 import math
+import re
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import split_worlds as worlds
 import toy
 from fedjax_peft import (
+  __main__,
   build,
   config,
   data,
   losses,
   peft,
+  record,
   split,
   splitting,
   tree,
@@ -132,7 +137,27 @@ def check_cache(parts, settings):
   assert examples["cut/x"].shape == (len(examples["label"]), 8, 8)
   measured = parts.algorithm.work.split
   assert measured.flops(ROWS, {})[0] == 0
-  assert measured.bytes(ROWS, {})[1] == 0  # nothing at the device learns
+  assert measured.bytes(ROWS, {}) == (0, 0)  # all has crossed before
+  assert measured.before({}) == STREAM * 4 + 8  # with length and label
+
+
+@pytest.mark.parametrize("clock", [None, "synchronous"])
+def test_what_is_remembered_crosses_in_a_clients_first_round_only(tiny, clock):
+  """Whether a network is simulated or not."""
+  there = [f'network.clock={{kind="{clock}"}}'] if clock else []
+  parts = build.build(load(tiny, *OTHERS["cache"], *there))
+  memory, seen = parts.cohort.init(), set()
+  assert not memory["sent"].any()
+  for number in range(4):
+    turn, memory = parts.cohort.turn(memory, number, {})
+    fresh = sorted(set(turn.clients.tolist()) - seen)
+    crossed = (STREAM * 4 + 8) * int(parts.data.train.sizes[fresh].sum())
+    assert turn.record["cut/first_up_bytes"] == crossed
+    if clock:
+      assert turn.record["device/stream_up_bytes"] == crossed
+    seen |= set(fresh)
+  assert sorted(seen) == np.flatnonzero(memory["sent"]).tolist()
+  assert len(seen) < 20  # some came again
 
 
 CHECKS = {
@@ -288,3 +313,171 @@ def test_what_a_scheme_says_itself_is_not_dropped_in_silence(
   run = config.load(tiny, [ENDS, f"split.scheme={scheme}", *overrides])
   with pytest.raises(ValueError, match=sentence):
     splitting.algorithm_of(run, people(), worlds.plain(), worlds.LOCAL, None)
+
+
+# Memories: links that are gone, and links that say later what they lost.
+
+OUTAGE = 'network.faults=[{fault="outage", rate=0.3}]'
+NETWORK = (
+  "rounds=2",
+  *overrides_of("splitfed"),
+  "client.steps=5",
+  'network.radio={kind="wired", up=1e6}',
+  'uplink=[{link="weigh"}]',
+  "evaluate.every=2",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_text):
+  """Runs a config once; what it writes: records, its ledger round by round."""
+
+  @functools.cache
+  def run(*overrides):
+    root = tmp_path_factory.mktemp("split")
+    path, out = root / "tiny.toml", root / "run"
+    path.write_text(tiny_text)
+    command = ["train", str(path), "--out", str(out), "--traceback"]
+    for one in (*NETWORK, *overrides):
+      command += ["--set", one]
+    assert __main__.main(command) == 0
+    tables = [
+      pyarrow.parquet.read_table(path).to_pydict()
+      for path in sorted((out / "ledger").iterdir())
+    ]
+    return record.read(out / "records.jsonl"), tables
+
+  return run
+
+
+def planned(parts, rounds):
+  memory, found = parts.cohort.init(), []
+  for number in range(rounds):
+    turn, memory = parts.cohort.turn(memory, number, {})
+    found.append(turn)
+  return found
+
+
+def test_links_that_go_cost_what_crossed_before(tiny):
+  parts = build.build(load(tiny, *NETWORK, OUTAGE))
+  whole = build.build(load(tiny, *NETWORK))
+  sizes, both = parts.data.train.sizes, []
+  measured = whole.algorithm.work.split
+  for turn, before in zip(planned(parts, 2), planned(whole, 2), strict=True):
+    online = turn.traits["online"]
+    assert online.dtype == np.int32
+    assert turn.clients.tolist() == before.clients.tolist()
+    gone = np.minimum(online, 5)
+    both += gone.tolist()
+    place = {c: k for k, c in enumerate(turn.table["client"])}
+    for c, steps in zip(turn.clients, gone, strict=True):
+      rows = batches_of(sizes[c])[:steps]
+      up, down = np.sum(
+        [(0, 0), *(measured.bytes(n, {}) for n in rows)], axis=0
+      )
+      row = place[c]
+      mine = {k: v[row] for k, v in turn.table.items()}
+      full = {k: v[row] for k, v in before.table.items()}
+      assert mine["stream_up_bytes"] == up
+      assert mine["stream_down_bytes"] == down
+      assert mine["up_bytes"] - up == full["up_bytes"] - full["stream_up_bytes"]
+      assert mine["stream_up_seconds"] == pytest.approx(8 * up / 1e6)
+      same = ("flops", "compute_seconds", "compute_joules", "down_seconds")
+      for name in same:  # the device goes on, and the model crosses
+        assert mine[name] == pytest.approx(full[name]), name
+      less = ("send_joules", "receive_joules", "wait_seconds", "server_flops")
+      for name in less:
+        assert (mine[name] < full[name]) == (steps < 5), name
+  assert 0 < min(both) + 1 < 6
+  assert len(set(both)) > 2
+
+
+def batches_of(size, batch=4, steps=5):
+  """Examples in each batch of a client, pass after pass."""
+  rest = [size % batch] if size % batch else []
+  one = [batch] * (size // batch) + rest
+  return (one * steps)[:steps]
+
+
+def test_a_run_whose_links_go_counts_them_and_goes_on(trained):
+  lines, tables = trained(OUTAGE)
+  for line, table in zip(lines, tables, strict=True):
+    for way in ("up", "down"):
+      crossed = sum(table[f"stream_{way}_bytes"])
+      assert line[f"cut/{way}_bytes"] == crossed
+      assert line[f"device/stream_{way}_bytes"] == crossed
+    assert math.isfinite(line["train/loss"])
+  whole, _ = trained()
+  assert lines[0]["cut/up_bytes"] < whole[0]["cut/up_bytes"]
+  assert lines[1]["train/loss"] != whole[1]["train/loss"]
+
+
+def test_an_outage_that_never_comes_changes_nothing(trained):
+  never, tables = trained(OUTAGE.replace("0.3", "0.0"))
+  whole, others = trained()
+  assert tables == others
+  for line, other in zip(never, whole, strict=True):
+    assert line.keys() == other.keys()
+    # What is remembered is a part of the state.
+    odd = {k for k in line if line[k] != other[k] and "wall/" not in k}
+    assert odd == {"state/digest"}
+
+
+def test_feedback_of_a_config_is_that_of_its_wires(tiny):
+  run = load(tiny, *overrides_of("splitfed"), "split.feedback=true")
+  parts = build.build(run)
+  held = [k for k in parts.model.params if k.startswith("memory/")]
+  assert len(held) == 2
+  assert {parts.algorithm.work.placement[k] for k in held} == {"device"}
+  player = toy.Player(
+    parts.algorithm,
+    parts.data,
+    parts.model.base,
+    build.settings(run, parts),
+    5,
+  )
+  state, outcome = player.play(COHORT)
+  assert outcome.record["train/nonfinite"] == 0
+  rows = state.clients.local[held[0]]
+  assert rows.shape == (len(parts.data), ROWS, 8, 8)
+  touched = np.abs(rows).max(axis=(1, 2, 3)) > 0
+  assert np.flatnonzero(touched).tolist() == list(COHORT)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "sentence"),
+  [
+    ((OUTAGE,), "got split.ends={} cuts={} scheme='splitfed'"),
+    ((OUTAGE, CUTS), "split.ends with scheme='splitfed', or use the fault"),
+    ((OUTAGE, ENDS, "split.scheme=sequential"), "scheme='sequential'"),
+    ((OUTAGE, ENDS, "split.scheme=lockstep"), "scheme='lockstep'"),
+    ((OUTAGE, ENDS, "split.scheme=local_loss"), "scheme='local_loss'"),
+    ((OUTAGE, ENDS, "split.gradient=false"), "gradient=False"),
+    ((OUTAGE, ENDS, "split.cache=float32"), "cache='float32'"),
+    (("split.feedback=true", CUTS), "moving cuts, a cache or one common gra"),
+    (
+      ("split.feedback=true", ENDS, "split.cache=float32"),
+      "got split.cache='fl",
+    ),
+    (("split.feedback=true", ENDS, "split.scheme=one_gradient"), "got split.s"),
+    (
+      ("split.feedback=true", ENDS, BOTH),
+      "no link loses anything on its way up or",
+    ),
+    (
+      (
+        "split.feedback=true",
+        ENDS,
+        BOTH,
+        f"split.up={EIGHT}",
+        'algorithm={name="scaffold"}',
+      ),
+      "no algorithm but fedavg leaves alone: got algorithm={'name': 'scaff",
+    ),
+    (("split.feedback=true",), "must say where the model is cut"),
+  ],
+)
+def test_memories_that_nobody_could_use_are_refused(tiny, overrides, sentence):
+  with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
+    build.build(load(tiny, *overrides))
+  assert "\n" not in str(refused.value)

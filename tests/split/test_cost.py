@@ -198,6 +198,17 @@ def test_a_wire_is_measured_at_the_place_where_a_client_is_cut():
   assert memory == sorted(set(memory))
 
 
+def test_one_gradient_is_one_answer_for_all():
+  local = LOCAL._replace(steps=2)
+  for common in (True, False):
+    wire = split.Wire(common=common)
+    module = split.pipeline(worlds.net(), worlds.ENDS, wire)
+    model = worlds.model(module)
+    made = split.lockstep(model, local, worlds.PEOPLE.examples)
+    assert made.work.split.common == common
+    assert made.work.split.bytes(4, {}) == net()[0].split.bytes(4, {})
+
+
 def test_a_device_waits_if_a_gradient_comes_back():
   for wire in WIRES.values():
     frozen = {"placement": {"device/.*": "frozen"}}

@@ -13,7 +13,7 @@ import split_worlds as worlds
 import toy
 from fedjax_peft import split
 from fedjax_peft.data import schedule
-from fedjax_peft.split import offline
+from fedjax_peft.split import memory, offline
 
 BATCH, STEPS, RATE = 4, 3, 0.1
 CLIENT = 8  # has nine examples: three batches of a pass, one of them short
@@ -32,7 +32,8 @@ def player():
   pipe = offline.with_memory(cut(), BATCH, data.examples)
   loss = offline.gated(fp.losses.classification)
   model = fp.model(pipe, loss, precision="float32")
-  made = fp.fedavg(model, offline.going_on(LOCAL), placement=offline.PLACEMENT)
+  how = memory.remembering(LOCAL)
+  made = fp.fedavg(model, how, placement=offline.PLACEMENT)
   made = offline.tolerant(split.splitfed(made, model, data.examples))
   return toy.Player(made, data, model.base)
 
@@ -150,5 +151,7 @@ def test_what_is_missing_is_named():
     offline.with_memory(one_way, BATCH, data.examples)
   model = plain()[1]
   made = split.splitfed(fp.fedavg(model, LOCAL), model, data.examples)
-  with pytest.raises(ValueError, match="keeps 'offline/gradient' as 'device'"):
+  with pytest.raises(
+    ValueError, match="keeps 'memory/offline/gradient' as 'device'"
+  ):
     offline.tolerant(made)

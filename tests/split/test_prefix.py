@@ -12,7 +12,7 @@ from flax import nnx
 import fedjax_peft as fp
 import split_worlds as worlds
 import toy
-from fedjax_peft import peft, split
+from fedjax_peft import link, links, peft, sampling, split
 
 COHORT, PEOPLE = worlds.COHORT, worlds.PEOPLE
 ROWS = 8
@@ -88,12 +88,102 @@ def test_what_is_trained_on_memories_is_what_is_trained_on_the_model(tol):
   assert set(state.params) == {"server/b/lin/kernel", "server/head/kernel"}
 
 
-def test_the_device_computes_nothing_and_sends_what_it_remembers():
-  job = player().algorithm.work
-  assert job.split.bytes(4, {})[0] == 4 * 4 * 7 + 4 * 4
-  device, server = job.split.flops(4, {})
+def test_the_device_computes_nothing_and_sends_each_message_once():
+  measured = player().algorithm.work.split
+  label = 4
+  assert measured.before({}) == 4 * 7 + label
+  assert measured.bytes(4, {}) == (0, 0)
+  assert not measured.waits
+  device, server = measured.flops(4, {})
   assert device == 0
   assert server > 0
+  assert worlds.splitfed(worlds.plain()).work.split.before is None
+
+
+def test_what_crosses_later_wires_crosses_in_every_step():
+  """To the device's own head, which keeps the labels; or on the device."""
+  u_shape = {"device": 1, "server": 2, "home": None}
+  measured = measure(u_shape)
+  assert measured.before({}) == 4 * 7
+  assert measured.bytes(3, {}) == (3 * 4 * 6, 3 * 4 * 6)
+  assert measured.waits
+  late = measure({"device": 1, "device_2": 2, "server": None})
+  assert late.before is None
+  assert late.bytes(3, {}) == (3 * (4 * 6 + 4), 3 * 4 * 6)
+
+
+def measure(ends):
+  """What steps behind a frozen first part cost."""
+  made = peft.tune(split.pipeline(worlds.net(), ends), "(?!device/).*")
+  first = prefix_of(made)
+  data, model = first.remembered(PEOPLE), worlds.model(first.rest)
+  made = split.splitfed(fp.fedavg(model, worlds.LOCAL), model, data.examples)
+  return made.work.split
+
+
+def behind(wire, rows=ROWS):
+  """(prefix of the net behind a wire, its messages, the next part's)."""
+  made = split.pipeline(worlds.net(), worlds.ENDS, wire)
+  made = peft.tune(made, "server/.*")
+  first = split.prefix_of(made, precision="float32", rows=rows)
+  messages = first.messages(PEOPLE.examples)
+  return first, messages["x"], first.sent(messages)["x"]
+
+
+def test_messages_cross_the_wire_when_they_are_remembered_and_not_in_steps():
+  times = link.stateless("times", lambda m, c: ({"x": 3 * m["x"]}, {}))
+  first, before, after = behind(split.Wire(times, None))
+  np.testing.assert_array_equal(after, 3 * before)
+  assert np.abs(before).max() > 0.1
+  given = first.remembered(PEOPLE).examples
+  assert toy.same_bits(given[AT], after)
+  few = {k: v[:4] for k, v in given.items() if k != "label"}
+  assert toy.same_bits(np.asarray(first.rest.message(**few)["x"]), after[:4])
+
+
+def test_each_example_is_rounded_alone_and_for_good():
+  wire = split.Wire(links.affine(3), None)  # a range for each message
+  _, before, after = behind(wire)
+  step = np.ptp(before, axis=1, keepdims=True) / 7
+  low = before.min(1, keepdims=True)
+  place = (after - low) / np.maximum(step, 1e-6)
+  np.testing.assert_allclose(place, np.rint(place), rtol=0, atol=1e-4)
+  assert 0 < np.abs(after - before).max() <= step.max() * (1 + 1e-5)
+  assert toy.same_bits(behind(wire, rows=16)[2], after)
+  first, messages, _ = behind(wire)
+  alike = np.broadcast_to(messages[:1], messages.shape)
+  assert len(np.unique(first.sent({"x": alike})["x"], axis=0)) > 1
+
+
+def test_a_client_pays_for_its_examples_in_its_first_round_only():
+  """In a run that is stopped in between, too."""
+  model, data = worlds.model(prefix().rest), prefix().remembered(PEOPLE)
+  made = split.splitfed(fp.fedavg(model, worlds.LOCAL), model, data.examples)
+
+  def run(rounds, state=None):
+    return fp.run(
+      made,
+      model,
+      data,
+      cohort=fp.sample.uniform(4),
+      rounds=rounds,
+      settings=toy.lanes(segment=4),
+      state=state,
+    )
+
+  *_, (state, _) = begun = list(run(2))
+  records = [record for _, record in [*begun, *run(5, state)]]
+  each, seen = 4 * 7 + 4, set()
+  for number, record in enumerate(records):
+    ids = sampling.cohort_of(fp.sample.uniform(4), data, 0, number)
+    fresh = set(ids.tolist()) - seen
+    crossed = each * int(data.train.sizes[sorted(fresh)].sum())
+    assert record["cut/up_bytes"] == crossed
+    assert record["cut/first_up_bytes"] == crossed
+    server = record["cloud/up_bytes"]
+    assert record["up_bytes_client"] == (server + crossed) / 4
+    seen |= fresh
+  assert len(seen) < 4 * len(records)  # some came again
 
 
 def test_half_precision_is_said_to_lose_and_does():

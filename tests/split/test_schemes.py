@@ -319,7 +319,7 @@ def test_lanes_are_one_or_all_where_a_scheme_says_so():
     assert chosen.segment >= width
     assert choose(player, width=width) == chosen
     for wrong in ({"width": 2}, {"blocks": 2}):
-      with pytest.raises(ValueError, match=f"block of {width} lanes: got"):
+      with pytest.raises(ValueError, match=f"blocks=1 width={width}, or leave"):
         choose(player, **wrong)
   settings = toy.lanes("debug", width=4, segment=4)
   player = toy.Player(together().algorithm, PEOPLE, {}, settings)
