@@ -85,14 +85,26 @@ def memory(
     parameters=_nbytes((piece.train, piece.still)),
     gradients=_nbytes(piece.train),
     optimizer=_nbytes(jax.eval_shape(optimizer.init, piece.train)),
-    activations=_nbytes(_kept(piece, message)),
+    activations=_kept(piece, _twice(message)) - _kept(piece, message),
   )
 
 
-def _kept(piece, message):
-  """What waits for the backward pass and is none of the part's variables."""
+def _twice(message):
+  """Specs of a batch of twice as many examples; axis B leads."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype),
+    message,
+  )
+
+
+def _kept(piece, message) -> int:
+  """Bytes that wait for the backward pass and are none of the variables.
+
+  Copies of variables are among them, such as rows of a stack; what grows with
+  the batch are activations.
+  """
   if not piece.learns:
-    return []
+    return 0
   there = piece_lib.backward(piece, piece_lib.forward(piece))
 
   def waiting(train, still, message):
@@ -101,7 +113,7 @@ def _kept(piece, message):
   jaxpr = jax.make_jaxpr(waiting)(piece.train, piece.still, message).jaxpr
   own = jaxpr.invars[: len(jax.tree.leaves((piece.train, piece.still)))]
   kept = {v for v in jaxpr.outvars if isinstance(v, core.Var)} - set(own)
-  return [v.aval for v in kept]
+  return _nbytes([v.aval for v in kept])
 
 
 def _nbytes(specs):
