@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -11,7 +12,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs of tests run for milliseconds and compile for seconds, so that they
 # are compiled in a hurry, half as long; TEST_XLA_FLAGS="" compiles them as
 # users do, and so does every test that starts a command.
+# The instruction set is named too: it is what rounds and contracts, and decides
+# which programs agree to the last bit.
 HURRY = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+if platform.machine() in ("x86_64", "AMD64"):
+  HURRY += " --xla_cpu_max_isa=AVX2"
 os.environ["XLA_FLAGS"] = " ".join(
   (
     "--xla_force_host_platform_device_count=2",

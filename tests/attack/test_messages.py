@@ -62,10 +62,11 @@ def rows(tree, ids):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_honest_clients_report_the_same_bits(name):
+def test_honest_clients_report_the_same_bits(name, tol):
   (plain, stats), (found, counted) = messages(), messages(name)
   assert toy.same_bits(rows(found, HONEST), rows(plain, HONEST))
-  assert toy.same_bits(rows(counted, HONEST), rows(stats, HONEST))
+  # Sums of losses are made by two programs, each in an order of its own.
+  near(rows(counted, HONEST), rows(stats, HONEST), tol(jnp.float32, 16))
   for liar in LIARS:
     assert not toy.same_bits(rows(found, [liar]), rows(plain, [liar]))
 
