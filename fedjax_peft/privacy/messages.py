@@ -199,7 +199,7 @@ def _rows(data, begin, kind, row):
   about = [r[0] for r in rows]
   if any(a >= b for a, b in itertools.pairwise(about)):
     raise ValueError(
-      f"rows of {kind.__name__} are about clients in rising order, each once: "
+      f"rows of {kind.__name__} are expected in rising order of clients: "
       f"got {about}"
     )
   return rows
