@@ -71,7 +71,7 @@ def test_rows_out_of_order_or_twice_are_refused():
   row = b"x" * 82
   for places in [(2, 1), (1, 1), (0, 2, 1)]:
     data = m.encode(m.Delivery(SESSION, 0, tuple((p, row) for p in places)))
-    with pytest.raises(ValueError, match="rising order, each once"):
+    with pytest.raises(ValueError, match="rising order of clients"):
       m.decode(data, m.Delivery, SESSION)
 
 
