@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
-from fedjax_peft import notes, rounds, sampling
+from fedjax_peft import first, notes, rounds, sampling
 
 
 class Turn(NamedTuple):
@@ -75,9 +75,6 @@ class Plan(NamedTuple):
   waits: bool = False
 
 
-FIRST = "cut/first_up_bytes"  # of a record: what crossed once for all
-
-
 def sampled(
   sampler: sampling.Sampler,
   data: data_lib.Population,
@@ -97,15 +94,11 @@ def sampled(
 
   def turn(memory, number, told):
     ids = sampling.cohort_of(sampler, data, seed, number)
-    if before is None:
-      return Turn(ids), memory
-    fresh = ids[~memory["sent"][ids]]
-    sent = memory["sent"].copy()
-    sent[fresh] = True
-    return Turn(ids, record={FIRST: int(before[fresh].sum())}), {"sent": sent}
+    memory, record = first.done(before, memory, ids)
+    return Turn(ids, record=record), memory
 
   def init():
-    return {} if before is None else {"sent": np.zeros(len(data), bool)}
+    return first.start(before)
 
   return Plan(sampler.name, init, turn, sampler.most(data))
 

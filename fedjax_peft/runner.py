@@ -10,6 +10,7 @@ import numpy as np
 from fedjax_peft import algorithm as algorithm_lib
 from fedjax_peft import data as data_lib
 from fedjax_peft import evaluate as evaluate_lib
+from fedjax_peft import first as first_lib
 from fedjax_peft import launch, objective, plan, sampling, traffic, validate
 from fedjax_peft import rounds as round_lib
 from fedjax_peft import settings as settings_lib
@@ -160,7 +161,7 @@ def run(
       ahead = seat(number + 1, memory, state)
     record = Record(round=number + 1, rounds=rounds)
     record |= {k: float(v) for k, v in outcome.record.items()}
-    once = int(turn.record.get(plan.FIRST, 0))
+    once = int(turn.record.get(first_lib.BYTES, 0))
     record |= traffic.of_round(
       algorithm, client, node, here, record, number, once
     )

@@ -19,6 +19,7 @@ import numpy as np
 from fedjax_peft import link, reduce, tree, validate
 from fedjax_peft.kernels.quantization import api as kernel
 from fedjax_peft.kernels.summation import api as sum_kernel
+from fedjax_peft.links import gridding
 
 
 def fixed_point(bits: int = 32) -> link.Link:
@@ -94,33 +95,16 @@ def fixed_point(bits: int = 32) -> link.Link:
     ]
     total = sum(saturated, jnp.zeros((), jnp.int32)).astype(jnp.float32)
     stats = {"fixed_point/saturated": total}
-    kinds = tuple(np.dtype(x.dtype) for x in jax.tree.leaves(message))
-    return _Grid(jax.tree.map(one, message), kinds), mine, stats
+    return gridding.on(message, one), mine, stats
 
   def receive(wire, shared, roster, key):
-    leaves, treedef = jax.tree.flatten(wire.message)
-
-    def one(x, kind):
-      x = x.astype(signed)
-      if jnp.issubdtype(kind, jnp.floating):
-        return (x.astype(jnp.float32) / shared["scale"]).astype(kind)
-      return x.astype(kind)
-
-    values = [one(x, k) for x, k in zip(leaves, wire.kinds, strict=True)]
-    return jax.tree.unflatten(treedef, values), shared
+    return gridding.off(wire, shared["scale"]), shared
 
   def after(spec):
-    kinds = tuple(np.dtype(x.dtype) for x in jax.tree.leaves(spec.message))
-    wire = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, dtype), spec.message
-    )
-    n = tree.size(
-      [x for x in jax.tree.leaves(spec.message) if tree.is_float(x)]
-    )
     step = 1 / grid(spec)[1] if math.isfinite(spec.bound) else 0.0
-    return spec._replace(
-      message=_Grid(wire, kinds), bound=spec.bound + step * math.sqrt(n)
-    )
+    error = step * math.sqrt(gridding.floats(spec.message))
+    wire = gridding.spec(spec.message, dtype)
+    return spec._replace(message=wire, bound=spec.bound + error)
 
   return link.Link(
     name="fixed_point",
@@ -129,15 +113,6 @@ def fixed_point(bits: int = 32) -> link.Link:
     receive=receive,
     after=after,
   )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Grid:
-  """Integers on a shared grid, with the dtypes they decode to."""
-
-  message: Any
-  kinds: tuple = dataclasses.field(metadata={"static": True})
 
 
 def _float32_below(limit: int) -> np.float32:

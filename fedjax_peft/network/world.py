@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_peft import tailoring
+from fedjax_peft import first, tailoring
 from fedjax_peft.network import (
   adaptation,
   availability,
   cells,
-  first,
   ledger,
   multi,
   phases,
@@ -361,7 +360,8 @@ def settle(
   battery = battery + world.recharge * seconds
   last = memory["last"].copy()
   last[costs.client[costs.used]] = number
-  sent, once = first.settle(world.before, memory, costs)
+  through = np.isin(costs.lost, (phases.ARRIVES, phases.UP))
+  sent, once = first.done(world.before, memory, costs.client[through])
   record |= once
   memory = memory | sent
   memory |= {

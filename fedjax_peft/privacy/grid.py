@@ -5,34 +5,17 @@ here the grid comes from a plan, which may use a rotation, the total of all
 weights, or bits that leave room for noise.
 """
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_peft import link, tree
-from fedjax_peft.links import clipping, masking, rotating, weighing
+from fedjax_peft.links import clipping, gridding, masking, rotating, weighing
 from fedjax_peft.privacy import ranges
 
 # Float32 rounds, also above a bound; by this much less than a step a step is
 # longer than planned, so that what is within the bound stays within it.
 _COARSER = 1 + 2.0**-20
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Gridded:
-  """Integers on the grid of a plan, with the dtypes they decode to.
-
-  Attributes:
-    message: pytree of unsigned integers, negative ones modulo their width.
-    kinds: dtypes of the leaves before.
-  """
-
-  message: Any
-  kinds: tuple = dataclasses.field(metadata={"static": True})
 
 
 def grid(plan: ranges.Plan) -> link.Link:
@@ -82,30 +65,18 @@ def grid(plan: ranges.Plan) -> link.Link:
       cut.append(jnp.sum((jnp.abs(wanted) > top) | (y != held)))
       return y.astype(dtype)
 
-    kinds = tuple(np.dtype(x.dtype) for x in jax.tree.leaves(message))
-    wire = Gridded(jax.tree.map(one, message), kinds)
+    wire = gridding.on(message, one)
     total = sum(cut, jnp.zeros((), jnp.int32)).astype(jnp.float32)
     return wire, mine, {"grid/saturated": total}
 
   def receive(wire, shared, roster, key):
-    def one(x, kind):
-      x = x.astype(signed)
-      if jnp.issubdtype(kind, jnp.floating):
-        return (x.astype(jnp.float32) / scale).astype(kind)
-      return x.astype(kind)
-
-    leaves, treedef = jax.tree.flatten(wire.message)
-    values = [one(x, k) for x, k in zip(leaves, wire.kinds, strict=True)]
-    return jax.tree.unflatten(treedef, values), shared
+    return gridding.off(wire, scale), shared
 
   def after(spec):
-    kinds = tuple(np.dtype(x.dtype) for x in jax.tree.leaves(spec.message))
-    wire = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, dtype), spec.message
-    )
     # Each value moves by half a step at most.
-    error = plan.step * _COARSER / 2 * _floats(spec.message) ** 0.5
-    return spec._replace(message=Gridded(wire, kinds), bound=spec.bound + error)
+    error = plan.step * _COARSER / 2 * gridding.floats(spec.message) ** 0.5
+    wire = gridding.spec(spec.message, dtype)
+    return spec._replace(message=wire, bound=spec.bound + error)
 
   return link.Link(
     name="grid", init=init, send=send, receive=receive, after=after
@@ -142,16 +113,11 @@ def links_of(plan: ranges.Plan, *, neighbours: int = 32) -> link.Link:
   return link.chain(*links, grid(plan), masking.mask(neighbours))
 
 
-def _floats(message: Any) -> int:
-  """How many float values a message has."""
-  return tree.size([x for x in jax.tree.leaves(message) if tree.is_float(x)])
-
-
 def _check(plan: ranges.Plan, spec: link.Spec) -> None:
   """Raises ValueError unless a plan was made for such messages."""
   load = plan.load
   heaviest = load.clip_norm * load.max_weight
-  values = _floats(spec.message)
+  values = gridding.floats(spec.message)
   turned = any(
     isinstance(x, rotating.Rotated)
     for x in jax.tree.leaves(

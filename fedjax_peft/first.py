@@ -3,25 +3,25 @@
 Where a server keeps what a frozen part of a model makes of each example, that
 crosses in the midst of a client's first steps. It has crossed when the steps
 are done; of a client that is lost before, the server keeps nothing, and all
-crosses anew.
+crosses anew. Plans remember who has sent it, with a network or without.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from fedjax_peft import plan
-from fedjax_peft.network import ledger, phases
+BYTES = "cut/first_up_bytes"  # of a record: what crossed once for all
+SENT = "sent"  # bool [N] of a memory, who has sent it
 
 Memory = dict[str, np.ndarray]
-SENT = "sent"  # bool [N] of a memory, who has sent it
 
 
 def start(before: np.ndarray | None) -> Memory:
   """What is remembered before the first round.
 
   Args:
-    before: float64 [N], bytes of each client; None: nobody sends any.
+    before: float64 [N], bytes of each client, see `traffic.before`; None:
+      nobody sends any.
   """
   return {} if before is None else {SENT: np.zeros(before.size, bool)}
 
@@ -41,26 +41,23 @@ def left(
   return np.where(memory[SENT][ids], 0.0, before[ids])
 
 
-def settle(
-  before: np.ndarray | None,
-  memory: Mapping[str, np.ndarray],
-  costs: ledger.Costs,
+def done(
+  before: np.ndarray | None, memory: Mapping[str, np.ndarray], ids: np.ndarray
 ) -> tuple[Memory, dict[str, float]]:
-  """Remembers who has sent it now.
+  """Remembers that clients have sent it.
 
   Args:
     before: as in `start`.
     memory: before the round.
-    costs: of the round.
+    ids: int [C], whose steps are done.
 
   Returns:
     (what is to be remembered, the round's part of the record).
   """
   if before is None:
     return {}, {}
-  done = np.isin(costs.lost, (phases.ARRIVES, phases.UP))
-  ids = np.unique(costs.client[done])
+  ids = np.unique(ids)
   crossed = int(left(before, memory, ids).sum())
   sent = memory[SENT].copy()
   sent[ids] = True
-  return {SENT: sent}, {plan.FIRST: crossed}
+  return {SENT: sent}, {BYTES: crossed}
