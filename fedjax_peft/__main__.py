@@ -1,4 +1,4 @@
-"""The command line: train, stages, advise, export, data, models, methods.
+"""The command line: train, stages, advise, privacy, export, data, ...
 
 Anything a user can get wrong ends in one sentence on stderr and exit code 2.
 """
@@ -130,6 +130,13 @@ def _advise(options: argparse.Namespace, alone: bool) -> int:
   return advice_command.advise(options, alone)
 
 
+def _privacy(options: argparse.Namespace, alone: bool) -> int:
+  """fedjax-peft privacy."""
+  from fedjax_peft import privacy_command
+
+  return privacy_command.show(options, alone)
+
+
 def _export(options: argparse.Namespace, alone: bool) -> int:
   """fedjax-peft export."""
   logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -144,6 +151,17 @@ def _export(options: argparse.Namespace, alone: bool) -> int:
   rows = {"round": str(found.round), "of": found.name, "base": found.base}
   what = "merged model" if options.merged else "adapter"
   console.say(f"{what}: {path}", console.facts(rows))
+  return 0
+
+
+def _verify(options: argparse.Namespace, alone: bool) -> int:
+  """fedjax-peft verify."""
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  from fedjax_peft import console
+  from fedjax_peft.governance import inspection
+
+  found = inspection.verify(options.directory, options.identity)
+  console.say(console.facts(found))
   return 0
 
 
@@ -229,7 +247,9 @@ def _parser() -> argparse.ArgumentParser:
   _train_parser(commands)
   _stages_parser(commands)
   _advise_parser(commands)
+  _privacy_parser(commands)
   _export_parser(commands)
+  _verify_parser(commands)
   for name, run, thing in [
     ("data", _data, "data sets"),
     ("models", _models, "models"),
@@ -345,6 +365,19 @@ def _advise_parser(commands) -> None:
   _traceback(advise)
 
 
+def _privacy_parser(commands) -> None:
+  """The arguments of privacy."""
+  privacy = commands.add_parser(
+    "privacy",
+    help="what a config's run will tell about one client, and why",
+    description="Shows mechanism, noise, epsilon by each accountant, and the "
+    "proof that the secure sum cannot wrap. Nothing is trained.",
+  )
+  _config(privacy)
+  privacy.set_defaults(run=_privacy)
+  _traceback(privacy)
+
+
 def _export_parser(commands) -> None:
   """The arguments of export."""
   export = commands.add_parser(
@@ -366,6 +399,23 @@ def _export_parser(commands) -> None:
   )
   export.set_defaults(run=_export)
   _traceback(export)
+
+
+def _verify_parser(commands) -> None:
+  """The arguments of verify."""
+  verify = commands.add_parser(
+    "verify",
+    help="check the audit log of a run, its signatures and its checkpoint",
+    description="Checks that no line of a run's audit log was changed, removed "
+    "or moved, that all is signed, that versions follow each other, and that "
+    "the newest checkpoint is the version that the log says.",
+  )
+  verify.add_argument("directory", metavar="RUN", help="a run directory")
+  verify.add_argument(
+    "--identity", metavar="HEX", help="the public key that must have signed"
+  )
+  verify.set_defaults(run=_verify)
+  _traceback(verify)
 
 
 def _traceback(parser: argparse.ArgumentParser) -> None:

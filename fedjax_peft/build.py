@@ -5,6 +5,8 @@ and options against the functions they stand for, with the near names.
 """
 
 import dataclasses
+import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,6 +38,9 @@ from fedjax_peft import (
   work,
 )
 from fedjax_peft import settings as settings_lib
+from fedjax_peft.governance import configured
+from fedjax_peft.privacy import cyclic
+from fedjax_peft.trust import configured as trusted
 
 PEFT: dict[str, Callable] = {**peft.METHODS, "stack": algorithms.stack}
 
@@ -50,6 +55,8 @@ class Parts(NamedTuple):
     cohort: who takes part in every round.
     state: shapes and dtypes of what a run carries from round to round.
     group: which cluster each client belongs to.
+    private: the `privacy.mechanism.Mechanism` of its sums.
+    holdout: rows of the examples that the server has for the gate.
   """
 
   data: data.Population
@@ -58,6 +65,8 @@ class Parts(NamedTuple):
   cohort: plan.Plan
   state: rounds.State
   group: plan.Grouping | None = None
+  private: Any = None
+  holdout: np.ndarray | None = None
 
 
 def build(run: schema.Config) -> Parts:
@@ -77,6 +86,7 @@ def build(run: schema.Config) -> Parts:
     population = attack.attackers(
       population, run.attack.get("fraction", 0.2), seed=run.seed
     )
+  population, canaries = trusted.planted(run, population)
   rule = compose.rule_of(run)
   residual = rule is not None and rule.residual
   model, population = _model(run, population, residual=residual)
@@ -92,6 +102,8 @@ def build(run: schema.Config) -> Parts:
   server = _server(run.server, run.rounds)
   over = splitting if splitting.is_split(run) else compose
   made = over.algorithm_of(run, population, model, how, server)
+  if run.privacy != schema.Privacy():
+    made = _protecting().by_example(run, model, how, made, population)
   if run.algorithm.get("name") == "centralized":
     population = algorithms.pooled(population)
   limited = [k for k, v in dataclasses.asdict(run.budget).items() if v]
@@ -104,16 +116,24 @@ def build(run: schema.Config) -> Parts:
   size = 1 if len(population) == 1 else run.cohort.size
   sampler = _sampler(run.cohort, size, population)
   group = membership.group_of(run, population, model, made)
+  private, again = None, None
   if scene.is_simulated(run):
     also = frozenset() if group is None else group.hears
-    population, made, cohort = _simulated(run, population, model, made, also)
+    population, made, cohort, private = _simulated(
+      run, population, model, made, also
+    )
   else:
+    made, private = _protected(run, population, made, sampler.most(population))
     before = demand.before(made.work, population)
-    cohort = plan.sampled(sampler, population, run.seed, before=before)
-  if made.specialize is not None and not cohort.pool:
+    again = functools.partial(plan.sampled, sampler, population, before=before)
+    cohort = again(run.seed)
+  if made.specialize is not None and not cohort.pool and canaries is None:
     made, _ = made.specialize(population)
   if group is not None:
     cohort = plan.grouped(cohort, group)
+  if private is not None:
+    cohort = _protecting().counted(run, made, cohort, private, again)
+  made = trusted.guarded(run, made, model, cohort, canaries)
   if cohort.hears or cohort.pool:
     made = plan.prepared(cohort, made)
   # Tracing the first state lets every link refuse what it cannot carry.
@@ -121,7 +141,26 @@ def build(run: schema.Config) -> Parts:
     lambda: made.init(clients=len(population), cohort=cohort.most)
   )
   state = state._replace(plan=cohort.init())
-  return Parts(population, model, made, cohort, state, group)
+  parts = Parts(population, model, made, cohort, state, group, private)
+  return configured.governed(run, parts)
+
+
+def _protected(run, population, made, most):
+  """The algorithm with the private sum that a config says, if it says one."""
+  if run.privacy == schema.Privacy():
+    return made, None
+  return _protecting().protected(run, population, made, most)
+
+
+def _protecting():
+  """The module of private sums, which needs the extra `privacy`."""
+  try:
+    return importlib.import_module("fedjax_peft.protecting")
+  except ImportError as error:
+    raise ValueError(
+      f"the privacy table needs packages that are not installed ({error}); "
+      "pip install 'fedjax-peft[privacy]'"
+    ) from error
 
 
 def _simulated(run, population, model, made, also):
@@ -143,11 +182,15 @@ def _simulated(run, population, model, made, also):
   if job is not made.work:
     made = algorithm.extended(made, job=job)
   population = scene.fitted(run, population, model, made.work)
-  return (
-    population,
-    made,
-    scene.plan_of(run, population, model, made, also=also),
-  )
+
+  def planned(made):
+    return scene.plan_of(run, population, model, made, also=also)
+
+  cohort, private = planned(made), None
+  if run.privacy != schema.Privacy():
+    made, private = _protected(run, population, made, cohort.most)
+    cohort = planned(made)  # its messages have other sizes
+  return population, made, cohort, private
 
 
 def settings(run: schema.Config, parts: Parts) -> settings_lib.Settings:
@@ -197,6 +240,7 @@ def _model(
       rest = {"residual": True, **rest}
     module = config.call(method, rest, where, **given)
   loss = getattr(losses, name)
+  trusted.cut(run, module, population)
   if is_split:
     module, population = splitting.remembered(run, module, population)
     loss = splitting.loss_of(run, loss)
@@ -262,4 +306,6 @@ def _sampler(
     )
   if how.sampler == "poisson":
     return sampling.poisson(size / seen)
+  if how.sampler == "cyclic":
+    return cyclic.of_size(size, how.period, seen)
   return sampling.uniform(size)

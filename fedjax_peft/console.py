@@ -4,7 +4,7 @@ On a terminal one line is kept up to date; elsewhere every round is a line.
 """
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -100,6 +100,8 @@ def line(record: Record) -> str:
     "eval/accuracy": "acc {:.3f}",
     "eval/accuracy_worst10": "(worst 10% {:.3f})",
   }
+  if record.get("train/clients") == 0:  # nobody has a loss
+    del texts["train/loss"]
   parts = [text.format(record[k]) for k, text in texts.items() if k in record]
   keys = {way: f"{way}_bytes_client" for way in ("up", "down")}
   sizes = [f"{w} {decimal(record[k])}" for w, k in keys.items() if k in record]
@@ -108,9 +110,23 @@ def line(record: Record) -> str:
   spent = [t.format(short(record[k])) for k, (t, _) in _of(record).items()]
   if spent:
     parts.append(", ".join(spent))
+  parts += _private(record)
   if "wall/seconds" in record:
     parts.append(f"{record['wall/seconds']:.1f} s")
   return "  ".join(parts)
+
+
+def _private(record: Record) -> list[str]:
+  """What a private round has told, and whose report its sum holds."""
+  parts = []
+  if "privacy/epsilon" in record:
+    parts.append(f"eps {record['privacy/epsilon']:.3f}")
+  if "secure/asked" in record:
+    asked, here = record["secure/asked"], record["secure/survived"]
+    parts.append(f"sum of {here:.0f} of {asked:.0f}")
+  if "secure/why" in record:
+    parts.append(f"FAILED, nothing is released: {record['secure/why']}")
+  return parts
 
 
 def _of(record: Record) -> dict[str, tuple[str, str]]:
@@ -167,6 +183,8 @@ def summary(records: Sequence[Record]) -> rich.table.Table:
     table.add_row("bytes that crossed, lost ones too", "", crossed)
   for key, (_, text) in _of(last).items():
     table.add_row(text, "", short(last[key]))
+  for row in _protected(records):
+    table.add_row(*row)
   seconds = sum(
     value
     for record in records
@@ -175,6 +193,43 @@ def summary(records: Sequence[Record]) -> rich.table.Table:
   )
   table.add_row("seconds", "", f"{seconds:.1f}")
   return table
+
+
+def spent(record: Record) -> str:
+  """What a private run has told until a round, as a sentence; '' of others.
+
+  Example:
+    >>> spent({"round": 3, "privacy/epsilon": 1.25, "privacy/delta": 1e-5})
+    'epsilon 1.2500 at delta 1e-05 is spent after round 3'
+  """
+  if "privacy/epsilon" not in record:
+    return ""
+  return (
+    f"epsilon {record['privacy/epsilon']:.4f} at delta "
+    f"{record['privacy/delta']:g} is spent after round {record['round']}"
+  )
+
+
+def _protected(records: Sequence[Record]) -> Iterator[tuple[str, str, str]]:
+  """Rows on what a private run has told, and what its secure sums took."""
+  first, last = records[0], records[-1]
+  if "privacy/epsilon" in last:
+    name = f"epsilon at delta {last['privacy/delta']:g}"
+    told = [f"{x['privacy/epsilon']:.3f}" for x in (first, last)]
+    yield name, told[0], told[1]
+  if "secure/asked" not in last:
+    return
+
+  def total(key):
+    return sum(record[key] for record in records)
+
+  lost = total("secure/asked") - total("secure/survived")
+  yield "clients lost in secure sums", "", f"{lost:.0f}"
+  yield "secure sums that failed", "", f"{total('secure/failed'):.0f}"
+  for key in last:
+    if key.startswith("secure/") and key.endswith("_bytes"):
+      step, way, _ = key.removeprefix("secure/").split("_")
+      yield f"bytes {way}, secure sums: {step}", "", decimal(total(key))
 
 
 def facts(rows: Mapping[str, Any]) -> rich.table.Table:

@@ -20,6 +20,8 @@ class Roster(NamedTuple):
     key: random key of the round and the boundary, which all senders know.
     nodes: int32 [C], the receiver of each; None if there is one.
     arrived: bool [C], whose wire has come; None while they are under way.
+    traits: {name: [C]}, facts about them; for receivers that play a protocol
+      out.
   """
 
   clients: jax.Array
@@ -27,6 +29,7 @@ class Roster(NamedTuple):
   key: jax.Array
   nodes: jax.Array | None = None
   arrived: jax.Array | None = None
+  traits: Mapping[str, jax.Array] = {}
 
 
 class Context(NamedTuple):

@@ -36,6 +36,7 @@ from fedjax_peft import (
 )
 from fedjax_peft import settings as settings_lib
 from fedjax_peft.data import fetch
+from fedjax_peft.governance import configured
 
 _PACKAGES = ("fedjax-peft", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -126,19 +127,41 @@ def _train(run, where, parts, before, allow_drift) -> None:
     about = {"config": run.to_dict(), "settings": settings._asdict()}
     record.write_json(where.config, about | {"facts": facts})
     done = 0 if start is None else int(start.round)
-    with _polite() as asked, console.Progress(run.rounds, done) as progress:
+    trail = None
+    if configured.is_governed(run):
+      start = configured.first_of(parts) if start is None else start
+      trail = configured.trail_of(run, where.root, start, drift=allow_drift)
+    with (
+      _told(where),
+      _polite() as asked,
+      console.Progress(run.rounds, done) as progress,
+    ):
       spent = 0.0
       for state, line in _rounds(run, parts, settings, start, where):
         line["wall/write_seconds"] = spent  # of the round before
         begun = time.perf_counter()
         asking = bool(asked)  # read once, since it may be asked at any moment
         last = asking or "stopped" in line
-        _write(run, where, saves, state, line, last)
+        _write(run, where, saves, trail, state, line, asking)
         spent = time.perf_counter() - begun
         progress.show(line)
         if last:
           break
     saves.wait()
+
+
+@contextlib.contextmanager
+def _told(where: Paths) -> Iterator[None]:
+  """Says what a private run has spent if it comes to a bad end."""
+  try:
+    yield
+  except BaseException:
+    lines = record.read(where.records)
+    if lines and console.spent(lines[-1]):
+      console.say(
+        f"{console.spent(lines[-1])}; the round under way may have told more"
+      )
+    raise
 
 
 def _rounds(run, parts, settings, state, where) -> Iterator[tuple[Any, Any]]:
@@ -174,6 +197,7 @@ def _rounds(run, parts, settings, state, where) -> Iterator[tuple[Any, Any]]:
     ),
     stop=_stop(run),
     group=parts.group,
+    gate=configured.gate_of(run, parts, settings),
   )
 
 
@@ -185,13 +209,18 @@ def _stop(run):
   return functools.partial(budget.exceeded, limits)
 
 
-def _write(run, where, saves, state, line, last) -> None:
-  """The record of a round, and then its checkpoint."""
+def _write(run, where, saves, trail, state, line, asked) -> None:
+  """The record of a round, its line in the audit log, then its checkpoint."""
   world, number = state._replace(clients=()), line["round"]
   line["state/digest"] = record.digest(world)
   length = record.append(where.records, line)
+  last = asked or "stopped" in line or number == run.rounds
+  if trail is not None:
+    trail.note(state, line)
+    if last:
+      trail.stop(line.get("stopped", "interrupted" if asked else "done"))
   saves.check()
-  if last or number == run.rounds or number % run.checkpoint.every == 0:
+  if last or number % run.checkpoint.every == 0:
     meta = {"round": number, "records_bytes": length}
     saves.save(number, world, state.clients, meta)
 
@@ -225,6 +254,8 @@ def _conclude(run, where) -> int:
   if lines[-1]["round"] >= run.rounds or "stopped" in lines[-1]:
     console.say(console.summary(lines), f"run directory: {where.root}")
     return 0
+  if console.spent(lines[-1]):
+    console.say(console.spent(lines[-1]))
   console.say(
     f"stopped after round {lines[-1]['round']} of {run.rounds}; "
     f"continue with --resume (run directory: {where.root})"

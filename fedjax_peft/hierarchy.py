@@ -141,6 +141,15 @@ class Boundary(NamedTuple):
   downlink: Callable
   names: tuple[str, ...]
 
+  @property
+  def hides(self) -> bool:
+    """Whether the sum of nobody is noise, like any other.
+
+    Under a mask there is no such sum: who takes part is known there.
+    """
+    parts = {part.name for part in link_lib.parts_of(self.tier.link)}
+    return link_lib.NOISE in parts and link_lib.MASK not in parts
+
   def pick(self, params: dict) -> dict:
     """The leaves that cross this boundary."""
     return {k: params[k] for k in self.names}
@@ -209,7 +218,8 @@ def hear(
 ) -> tuple[Node, dict[str, jax.Array]]:
   """Applies what every node has heard.
 
-  A node that heard nobody keeps its model and its optimizer's state.
+  A node that heard nobody keeps its model and its optimizer's state, unless
+  noise is on every sum: whether anybody came is then nobody's business.
 
   Args:
     at: the boundary below the tier.
@@ -240,7 +250,7 @@ def hear(
     stats = at.tier.watch(message, moved) if at.tier.watch else {}
     updates, new_opt = at.tier.server.update(message, opt, moved)
     new = optax.apply_updates(moved, updates)
-    heard = weight > 0
+    heard = (weight > 0) | at.hides
     return (
       params | tree.where(heard, new, moved),
       tree.where(heard, new_opt, opt),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_peft import hierarchy, link, tree, work
+from fedjax_peft import hierarchy, link, placement, tree, work
 
 
 class Setup(NamedTuple):
@@ -59,22 +59,28 @@ class Note(NamedTuple):
     return 4 * math.prod(self.shape)
 
 
-def specs(setup, cohort) -> list[link.Spec]:
-  """What is known of the messages at each boundary."""
+def message(job: work.Work) -> dict:
+  """Shapes and dtypes of what a client sends."""
+  owned = {k for k, v in job.placement.items() if v == placement.DEVICE}
 
-  def message():
-    params = {k: jnp.asarray(v) for k, v in setup.job.params.items()}
+  def one():
+    params = {k: jnp.asarray(v) for k, v in job.params.items()}
     sent = work.Sent(
-      {k: v for k, v in params.items() if k not in setup.owned},
+      {k: v for k, v in params.items() if k not in owned},
       {"round": jnp.int32(0)},
     )
-    local = {k: params[k] for k in setup.owned}
-    traits = dict.fromkeys(setup.job.traits, jnp.int32(1))
+    local = {k: params[k] for k in sorted(owned)}
+    traits = dict.fromkeys(job.traits, jnp.int32(1))
     client = work.Client(jax.random.key(0), jnp.int32(0), jnp.int32(1), traits)
-    carry = setup.job.init(sent, {}, local, client)
-    return setup.job.finish(carry, sent)[0]
+    carry = job.init(sent, {}, local, client)
+    return job.finish(carry, sent)[0]
 
-  specs = [link.Spec(jax.eval_shape(message), senders=cohort)]
+  return jax.eval_shape(one)
+
+
+def specs(setup, cohort) -> list[link.Spec]:
+  """What is known of the messages at each boundary."""
+  specs = [link.Spec(message(setup.job), senders=cohort)]
   for low, high in zip(setup.boundaries, setup.boundaries[1:], strict=False):
     leaves = tree.spec(high.pick(setup.job.params))
     specs.append(link.Spec(leaves, senders=low.tier.size))

@@ -61,9 +61,10 @@ def seat(
       f"data.with_traits({unknown[0]}=[...]), one number for each client"
     )
   how = job.local
+  gone = np.zeros(len(ids), bool) if turn.lost is None else turn.lost
   batches = schedule.batches(
     rows,
-    ids,
+    np.where(gone, -1, ids),
     batch=how.batch,
     epochs=how.epochs,
     steps=how.steps if turn.steps is None else turn.steps,
@@ -78,6 +79,9 @@ def seat(
     width=settings.width,
     segment=settings.segment,
   )
+  for c in np.flatnonzero(gone):  # a place, but nothing to do
+    d = min(range(len(members)), key=lambda i: len(members[i]))
+    members[d] = np.append(members[d], c)
   even = -(-len(ids) // settings.devices)
   places = schedule.bucket(max(even, *(len(m) for m in members), 1))
   place = np.full((settings.devices, places), -1, np.int64)  # in the turn

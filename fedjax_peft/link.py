@@ -21,6 +21,8 @@ from fedjax_peft.context import alone as alone
 PyTree = Any
 
 COUNT = "count"  # the link that says how many examples a message stands for
+NOISE = "noise"  # the link that adds noise to the sum, even of nobody
+MASK = "mask"  # the link whose wires mean something only all together
 _LINEAR = (
   "reduce.sum() with a method that is linear (fedit, ffa, fedsa, rolora, "
   "fed_sb, ravan)"

@@ -16,7 +16,7 @@ from fedjax_peft import first, notes, rounds, sampling
 
 
 class Turn(NamedTuple):
-  """What is planned for one round; axis C, the clients whose reports are used.
+  """What is planned for one round; axis C, the clients that the others know of.
 
   Attributes:
     clients: int32 [C] ids, all different.
@@ -30,8 +30,10 @@ class Turn(NamedTuple):
       is the first.
     steps: int [C], local steps of each; None is what the local work says.
     traits: {name: [C]}, facts about them that hold in this round.
-    record: {name: number}, for the round's record.
+    record: {name: number or sentence}, for the round's record.
     table: {column: [any]}, one row for each client that spent anything.
+    lost: bool [C], who is one of them but never reports: others may have
+      hidden what they say with it; None: everyone reports.
   """
 
   clients: np.ndarray
@@ -41,8 +43,9 @@ class Turn(NamedTuple):
   update: np.ndarray | None = None
   steps: np.ndarray | None = None
   traits: Mapping[str, np.ndarray] = {}
-  record: Mapping[str, float] = {}
+  record: Mapping[str, Any] = {}
   table: Mapping[str, np.ndarray] = {}
+  lost: np.ndarray | None = None
 
 
 Memory = dict[str, np.ndarray]

@@ -81,7 +81,10 @@ class Flight(NamedTuple):
     stats: {name: (numerator [C], denominator [C])}.
     link_stats: {name: [C]}.
     arrived: bool [C], whether a finite message came.
+    worked: bool [C], whether a message came, finite or not.
     told: {name: [C, ...]}, what clients told of themselves.
+    seen: int32 [C, 2], what a watch saw in each report: see `_looked`; None
+      where nobody watches.
   """
 
   group: executor.Group
@@ -93,7 +96,9 @@ class Flight(NamedTuple):
   stats: PyTree
   link_stats: dict[str, jax.Array]
   arrived: jax.Array
+  worked: jax.Array
   told: Mapping[str, jax.Array] = {}
+  seen: jax.Array | None = None
 
 
 class Outcome(NamedTuple):
@@ -103,10 +108,12 @@ class Outcome(NamedTuple):
     record: {name: scalar}.
     clients: {name: (numerator [D, C], denominator [D, C])} of every client,
       at the places of `Cohort.clients`.
+    seen: int32 [D, C, 2], what a watch saw at these places, or None.
   """
 
   record: dict[str, jax.Array]
   clients: dict[str, tuple[jax.Array, jax.Array]]
+  seen: jax.Array | None = None
 
 
 def init(setup, params=None, *, clients, cohort):
@@ -183,6 +190,7 @@ def begin(
     cohort.weights.reshape(-1),
     _boundary_key(key, 0),
     None if alone else cohort.nodes.reshape(-1),
+    traits={k: jnp.reshape(v, (-1,)) for k, v in cohort.traits.items()},
   )
   update = None
   if setup.updates > 1:  # whose reports belong together talk to one receiver
@@ -224,7 +232,9 @@ def _launch(setup, common, node, shape, width, group, mine):
     ),
     link_stats={k: jnp.zeros((places,)) for k in names},
     arrived=jnp.zeros((places,), bool),
+    worked=jnp.zeros((places,), bool),
     told={note.name: jnp.zeros((places, *note.shape)) for note in setup.notes},
+    seen=None if setup.job.watch is None else jnp.zeros((places, 2), jnp.int32),
   )
 
 
@@ -250,7 +260,8 @@ def absorb(setup, common, shared, flight, slots):
   """Sends what finished in a segment, and folds it into the sums.
 
   A message that is not finite, or whose client's own leaves are not, becomes
-  zero with weight zero before the first link; it shows in `arrived`.
+  zero with weight zero before the first link; it shows in `arrived`. So does
+  one in which a watch sees something, and a wire in which it does is dropped.
   """
   at, group, buffer = setup.boundaries[0], flight.group, flight.buffer
   roster = common.roster
@@ -266,15 +277,20 @@ def absorb(setup, common, shared, flight, slots):
     message, local, mine, told, place, present = part
     finite = jax.vmap(tree.is_finite, axis_size=place.size)  # even of nothing
     arrived = present & finite((message, local, told))
+    seen, arrived = _looked(setup.job.watch, (message, told), arrived)
     message = tree.where(arrived, message, tree.zeros_like(message))
     weight = jnp.where(arrived, group.weights[place], 0)
     node = jnp.zeros_like(place) if group.nodes is None else group.nodes[place]
     clients = jax.vmap(group.client, (None, 0))(common.key, place)
     wires, mine, stats = jax.vmap(send)(message, mine, clients, weight, node)
     chex.assert_tree_shape_prefix((wires, stats), place.shape)
+    late, arrived = _looked(setup.job.watch, wires, arrived)
+    if setup.job.watch is not None:  # of a wire, leaves are counted below zero
+      weight = jnp.where(arrived, weight, 0)
+      seen = seen + late * jnp.array([[-1, 1]], jnp.int32)
     box = node if group.update is None else group.update[place]
     sums, heard = hierarchy.gather(at, sums, wires, weight, box, first, roster)
-    return sums, (heard, arrived, mine, stats)
+    return sums, (heard, arrived, mine, stats, seen)
 
   place = jnp.maximum(slots, 0)
   present = (slots >= 0) & (group.weights[place] > 0)
@@ -293,7 +309,7 @@ def absorb(setup, common, shared, flight, slots):
     jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), parts),
   )
   heard = jnp.sum(left[0], axis=0, dtype=jnp.int32)
-  arrived, mine, stats = jax.tree.map(
+  arrived, mine, stats, seen = jax.tree.map(
     lambda x: x.reshape(-1, *x.shape[2:]), left[1:]
   )
 
@@ -311,8 +327,21 @@ def absorb(setup, common, shared, flight, slots):
     stats=keep(flight.stats, buffer.stats, present),
     link_stats=keep(flight.link_stats, stats, arrived),
     arrived=keep(flight.arrived, arrived, present),
+    worked=keep(flight.worked, present, present),
     told=keep(flight.told, told, arrived),
+    seen=keep(flight.seen, seen, present),
   )
+
+
+def _looked(watch, values, arrived):
+  """(int32 [K, 2] of what a watch sees, arrived where it sees nothing).
+
+  It sees 1 + the number of a leaf, and which canary is in it; zeros for none.
+  """
+  if watch is None:
+    return None, arrived
+  seen = jnp.where(arrived[:, None], watch.look(values), 0)
+  return seen, arrived & (seen[:, 0] == 0)
 
 
 def finish(setup, state, common, flight, cohort, *, whole=executor.as_it_is):
@@ -347,7 +376,7 @@ def finish(setup, state, common, flight, cohort, *, whole=executor.as_it_is):
   rows = _go_home(state.clients, flight, cohort)
   record |= _summary(setup.boundaries[0].tier.name, flight)
   new = state._replace(round=state.round + 1, nodes=tuple(nodes), clients=rows)
-  return new, Outcome(record, flight.stats)
+  return new, Outcome(record, flight.stats, flight.seen)
 
 
 def _boundary_key(key, i):
@@ -380,7 +409,6 @@ def _go_home(clients, flight, cohort):
 def _summary(name, flight):
   """Scalars of a round, over the clients whose message arrived."""
   weights, arrived = flight.group.weights, flight.arrived
-  present = weights > 0
 
   def total(values):
     return jnp.sum(jnp.where(arrived, values, 0))
@@ -391,7 +419,12 @@ def _summary(name, flight):
   record = {f"train/{k}": mean(*pair) for k, pair in flight.stats.items()}
   for key, values in flight.link_stats.items():
     record[f"{name}/{key}"] = mean(values, jnp.ones_like(values))
-  record["train/clients"] = jnp.sum(present)
-  record["train/examples"] = jnp.sum(weights)
-  record["train/nonfinite"] = jnp.sum(present & ~arrived)
+  record["train/clients"] = jnp.sum(flight.worked)
+  record["train/examples"] = jnp.sum(jnp.where(flight.worked, weights, 0))
+  lost = flight.worked & ~arrived
+  if flight.seen is not None:
+    found = flight.seen[..., 0] != 0
+    record["trust/found"] = jnp.sum(found)
+    lost &= ~found
+  record["train/nonfinite"] = jnp.sum(lost)
   return {k: jnp.asarray(v, jnp.float32) for k, v in record.items()}

@@ -14,6 +14,8 @@ from fedjax_peft import first as first_lib
 from fedjax_peft import launch, objective, plan, sampling, traffic, validate
 from fedjax_peft import rounds as round_lib
 from fedjax_peft import settings as settings_lib
+from fedjax_peft.governance import gate as gate_lib
+from fedjax_peft.governance import rollback
 
 
 class Record(dict):
@@ -51,6 +53,7 @@ def run(
   costs: Callable[[int, Mapping], Any] | None = None,
   stop: Callable[[Mapping], str | None] | None = None,
   group: plan.Grouping | None = None,
+  gate: gate_lib.Gate | None = None,
 ) -> Iterator[tuple[round_lib.State, Record]]:
   """Runs rounds and yields (state, record) after each.
 
@@ -75,6 +78,8 @@ def run(
       measured and its record says why, under `stopped`.
     group: which node each client talks to; the plan is then one of
       `plan.grouped`.
+    gate: which rounds become the model; after the others the state is that
+      from before, and the round is recorded as rejected.
 
   Yields:
     (state, record). The rows of a state that live on the clients are updated
@@ -84,6 +89,8 @@ def run(
   Raises:
     ValueError: if the cohort, the links or the data do not fit, before any
       round is run.
+    trust.Violation: of what is watched (`trust.watched`), if something crosses
+      that must not; the state of that round is not yielded.
   """
   validate.at_least(1, rounds=rounds, every=every)
   if algorithm.specialize is not None:
@@ -97,12 +104,16 @@ def run(
   if cohort.hears or cohort.pool:
     algorithm = plan.prepared(cohort, algorithm)
   waits = bool(cohort.hears) or cohort.waits
+  if gate is not None:
+    gate_lib.refuse(cohort, group)
   if not waits:  # what cannot be drawn is refused before all else
     cohort.turn(cohort.init(), 0, {})
   if state is None:
     state = algorithm.init(clients=len(data), cohort=most)
-    state = state._replace(plan=cohort.init())
-  memory, state = dict(state.plan), state._replace(plan={})
+    own = {} if gate is None else gate.init()
+    state = state._replace(plan=cohort.init() | own)
+  memory, watch = gate_lib.taken(gate, state.plan)
+  state = state._replace(plan={})
   if settings is None:
     settings = settings_lib.choose(algorithm, model.base, data.examples, most)
   streamed = settings.executor in ("stream", "debug")
@@ -147,6 +158,9 @@ def run(
   start = {}
   if first and begin == 0 and evaluate is not None:
     start = evaluate(state._replace(plan=memory)).record
+  if gate is not None and begin == 0:
+    verdict = gate.start(state, watch)
+    watch, start = verdict.memory, start | verdict.record
   ahead = None
   for number in range(begin, rounds):
     begun = time.perf_counter()
@@ -154,6 +168,10 @@ def run(
       state, now = group.before(state, memory["nodes"], number)
       memory = memory | {"nodes": now}
     turn, memory, here = ahead or seat(number, memory, state)
+    kept = None if gate is None else rollback.keep(state, here.clients)
+    watcher = algorithm.work.watch
+    if watcher is not None:
+      watcher.before(state, base)
     state, outcome = step.run(state, base, here, key)
     ahead = None
     if number + 1 < rounds and not waits:
@@ -161,12 +179,22 @@ def run(
       ahead = seat(number + 1, memory, state)
     record = Record(round=number + 1, rounds=rounds)
     record |= {k: float(v) for k, v in outcome.record.items()}
+    if watcher is not None:
+      watcher.refuse(state, outcome, here.clients, record)
     once = int(turn.record.get(first_lib.BYTES, 0))
     record |= traffic.of_round(
       algorithm, client, node, here, record, number, once
     )
     record |= turn.record
     why = stop(record) if stop is not None else None
+    if gate is not None and kept is not None:
+      verdict = gate.judge(state, watch, turn.clients)
+      watch, why = verdict.memory, why or verdict.stop
+      if not verdict.good:
+        back = rollback.take_back(kept, state)
+        state = settings_lib.everywhere(back, settings)
+        record = Record(gate_lib.finite(record))
+      record |= verdict.record
     if costs is not None and turn.table:
       costs(number + 1, turn.table)
     if number == 0:
@@ -187,6 +215,6 @@ def run(
       record["wall/evaluate_seconds"] = done - trained
     if why is not None:
       record["stopped"] = why
-    yield state._replace(plan=memory), record
+    yield state._replace(plan=memory | watch), record
     if why is not None:
       return

@@ -193,9 +193,12 @@ class Aggregate:
 class Cohort:
   """Who takes part in a round."""
 
-  sampler: Literal["uniform", "poisson"] = _doc(
-    "uniform: exactly `size` clients; poisson: `size` on average", "uniform"
+  sampler: Literal["uniform", "poisson", "cyclic"] = _doc(
+    "uniform: exactly `size` clients; poisson: `size` on average; cyclic: the "
+    "same, each client at most once in `period` rounds",
+    "uniform",
   )
+  period: Count = _doc("of the cyclic sampler", 8)
   size: Count = _doc("clients a round", 64)
   group: Table = _doc(
     'which cluster, or edge, a client belongs to, {by="update", at=[5]}: '
@@ -297,6 +300,62 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Privacy:
+  """What a client's part of the sum may tell; off if nothing is said."""
+
+  mechanism: Literal[
+    "none",
+    "gaussian",
+    "banded",
+    "discrete_gaussian",
+    "skellam",
+    "local",
+    "example",
+  ] = _doc(
+    "gaussian: noise on the sum of clipped messages; banded: the same, later "
+    "rounds take a part of it back (cohort.sampler=cyclic); discrete_gaussian, "
+    "skellam: whole numbers by every client, in a secure sum; local: on every "
+    "message; example: on the gradients of every local step; none: messages "
+    "are bounded, nothing more",
+    "none",
+  )
+  clip_norm: Positive | None = _doc(
+    "L2 bound of a client's message (of the gradient of an example)", None
+  )
+  bands: Count | None = _doc(
+    "rounds that banded noise is correlated over (cohort.period)", None
+  )
+  adaptive: Table = _doc(
+    "the bound follows a quantile of what clients send, from clip_norm on, "
+    "{quantile=0.5}: (quantile, rate, weight)",
+    {},
+  )
+  multiplier: Positive | None = _doc(
+    "standard deviation of the noise / L2 bound of one client", None
+  )
+  epsilon: Positive | None = _doc(
+    "of the whole run, in place of multiplier: the least noise for it",
+    None,
+  )
+  delta: Positive = _doc(
+    "at which epsilon is told; well below 1 / clients", 1e-6
+  )
+  accountant: Literal["rdp", "pld"] = _doc(
+    "rdp: Renyi, quick; pld: privacy loss distributions, tighter", "rdp"
+  )
+  max_weight: Count = _doc(
+    "examples that a client counts for at most; 1: all clients alike", 1
+  )
+  secure: Table = _doc(
+    "the server sees the sum alone, {dropout=0.05}: (dropout, corrupt, "
+    "security, correctness, lying) of clients and of what may go wrong, "
+    "retries with other clients, (bits, rotation, failure) of the grid, "
+    "mode=protocol has every message said, with real keys (simulated)",
+    {},
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
   """What the run may spend; it ends with the round that exceeds one."""
 
@@ -321,6 +380,51 @@ class Evaluate:
   first: bool = _doc("also measure before the first round", False)
   personalize: Natural = _doc(
     "also test each client after so many local steps of its own", 0
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Governance:
+  """Which rounds become the model, and who can tell; off if nothing is said."""
+
+  sign: bool = _doc(
+    "sign every version of the model and every line of the audit log (Ed25519)",
+    False,
+  )
+  key: str = _doc(
+    "file of the signing key, made if there is none (governance.key in the run "
+    "directory)",
+    "",
+  )
+  gate: Table = _doc(
+    "rounds after which the model is worse, on examples that the server has, "
+    'are taken back, {metric="accuracy", tolerance=0.05}: (metric, tolerance, '
+    "window)",
+    {},
+  )
+  holdout: Fraction = _doc(
+    "share of the test examples that the server has for the gate, > 0", 0.2
+  )
+  limit: Count = _doc("rounds in a row that are taken back, then it ends", 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trust:
+  """What may cross a boundary; a run that lets more cross stops."""
+
+  up: Table = _doc(
+    'what clients may report, {leaves=["head/.*"], most_bytes=10000}: (leaves '
+    "of the message by regexes, dtypes on the wire, shapes by leaf, most_bytes "
+    "of a message)",
+    {},
+  )
+  down: Table = _doc("what they may be sent, like `up`", {})
+  notes: Table = _doc("what they may tell beside their report, like `up`", {})
+  cut: Table = _doc("what an example may send over a cut, like `up`", {})
+  canaries: Natural = _doc(
+    "clients with an example that nobody else has, which every report is "
+    "searched for",
+    0,
   )
 
 
@@ -408,8 +512,11 @@ class Config:
   )
   downlink: tuple[Table, ...] = _doc("links the model crosses", ())
   network: Network = _section(Network)
+  privacy: Privacy = _section(Privacy)
   budget: Limits = _section(Limits)
   evaluate: Evaluate = _section(Evaluate)
+  governance: Governance = _section(Governance)
+  trust: Trust = _section(Trust)
   execution: Execution = _section(Execution)
   checkpoint: Checkpoint = _section(Checkpoint)
 

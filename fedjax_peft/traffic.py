@@ -199,9 +199,12 @@ def of_round(
 
   Returns:
     {name: bytes}; those of `cut/...` crossed in the midst of steps, and are
-    part of a client's.
+    part of a client's. Who is lost gets the model, and reports nothing.
   """
-  present = np.asarray(cohort.weights) > 0
+  present, slots = np.asarray(cohort.weights) > 0, cohort.schedule.slots
+  works = np.zeros_like(present)
+  for own, of_device in zip(works, slots, strict=True):
+    own[of_device[of_device >= 0]] = True
   crossed = _in_steps(algorithm.work, cohort)
   if crossed:
     crossed["cut/up_bytes"] += first
@@ -209,10 +212,11 @@ def of_round(
   traits["present"] = np.ones(int(present.sum()))
   each = client(traits, number)
   found: dict[str, float] = {}
-  for way in WAYS:
-    total = int(each[way].sum())
+  crossing = {"up_bytes": works[present], "down_bytes": present[present]}
+  for way, here in crossing.items():
+    total = int(each[way][here].sum())
     sent = total + crossed.get(f"cut/{way}", 0)
-    found[f"{way}_client"] = sent / max(each[way].size, 1)
+    found[f"{way}_client"] = sent / max(int(here.sum()), 1)
     found[f"{algorithm.tiers[0].name}/{way}"] = total
   for below, tier in itertools.pairwise(algorithm.tiers):
     synced = record[f"{tier.name}/synced"] * below.size

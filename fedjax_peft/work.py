@@ -104,6 +104,7 @@ class Work(NamedTuple):
       says; or "all": all at once, in one block whose axis is called `LANES`.
     handover: (carry of a client that starts, carry of the one before it in
       its lane) -> carry that it starts with; steps are 0 where there is none.
+    watch: what looks at all that is reported (`trust.Watch`), or None.
   """
 
   init: Callable
@@ -121,6 +122,7 @@ class Work(NamedTuple):
   split: Any = None
   lanes: Literal["any", "one", "all"] = "any"
   handover: Callable | None = None
+  watch: Any = None
 
   @property
   def rows(self) -> int:

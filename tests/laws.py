@@ -125,6 +125,24 @@ def members() -> dict[str, Member]:
       stale,
     ),
     "weigh_clients": Member(fp.weigh("clients"), each),
+    "average": Member(
+      links.average(4.0, max_weight=8), scale=tuple(w / 4 for w in capped)
+    ),
+    "adaptive_clip": Member(links.adaptive_clip(BOUND)),
+    "noise": Member(links.noise(0.01), None, 0.06),
+    "local_noise": Member(links.local_noise(0.01), None, 0.06),
+    "clip_average_noise_fixed_point_mask": Member(
+      fp.chain(
+        clipped,
+        links.average(4.0),
+        links.noise(1e-4),
+        fp.fixed_point(32),
+        fp.mask(2),
+      ),
+      None,
+      1e-3,
+      (0.25,) * _SENDERS,
+    ),
     "clip_fixed_point_8": fixed(8),
     "clip_fixed_point_16": fixed(16),
     "clip_fixed_point_32": fixed(32),
@@ -431,7 +449,12 @@ def silence_decodes_to_zero(member: Member) -> None:
   nothing = jax.tree.map(np.zeros_like, messages())
   nobody, here = [0] * len(WEIGHTS), [True] * len(WEIGHTS)
   found = exchanged(member.link, nothing, nobody, present=here).result
-  same(jax.tree.map(np.asarray, found), one(nothing, 0))
+  if link_lib.NOISE in [part.name for part in link_lib.parts_of(member.link)]:
+    # The noise of nobody is that of anybody.
+    gone = exchanged(member.link, nothing, nobody, present=nobody).result
+    same(found, gone)
+  else:
+    same(jax.tree.map(np.asarray, found), one(nothing, 0))
 
 
 def a_sender_without_weight_changes_nothing(member: Member) -> None:

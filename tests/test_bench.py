@@ -69,3 +69,21 @@ def test_the_network_benchmark_measures_all_it_promises():
   assert found["timelines"]["timelines"] > 0.8 * 1_000 * 20
   assert found["beside"]["turn_seconds"] > 0
   assert set(found["beside"]["round_seconds"]) == {"plain", "simulated"}
+
+
+@pytest.mark.slow
+def test_the_privacy_benchmark_measures_all_it_promises():
+  found = bench("bench_privacy.py", "--quick")
+  assert found["failed"] == {}
+  assert set(found["targets"]) == {
+    "simulated.to_masks",
+    "protocol.seconds",
+    "noise.to_plain",
+  }
+  # A sum is masked once, and some of it once more; never less.
+  assert found["simulated"]["to_masks"] > 0.5
+  assert found["simulated"]["lost"] > 0
+  for name in "simulated", "protocol", "noise":
+    assert found[name]["seconds"] > 0
+    assert found[name]["spread"] >= 0
+    assert found[name]["peak_mib"] > 0

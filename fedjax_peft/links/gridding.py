@@ -65,6 +65,22 @@ def off(wire: Gridded, scale: Any) -> Any:
   return jax.tree.unflatten(treedef, values)
 
 
+def expect(message: Any, name: str) -> None:
+  """Raises ValueError unless a message is on a grid.
+
+  Args:
+    message: pytree of specs.
+    name: of the link that needs it to be.
+  """
+  for path, x in jax.tree_util.tree_leaves_with_path(message):
+    if not jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+      raise ValueError(
+        f"{name} needs unsigned integers on the wire: got "
+        f"{x.dtype}{list(x.shape)} at {jax.tree_util.keystr(path)}; put "
+        "fixed_point() or privacy.grid left of it"
+      )
+
+
 def floats(message: Any) -> int:
   """How many float values a message has."""
   return tree.size([x for x in jax.tree.leaves(message) if tree.is_float(x)])

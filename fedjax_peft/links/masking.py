@@ -107,7 +107,7 @@ def mask(neighbours: int = 32) -> link.Link:
     return jax.lax.fori_loop(0, jnp.sum(dropped), one, wire), shared
 
   return link.Link(
-    name="mask",
+    name=link.MASK,
     init=init,
     send=send,
     receive=receive,

@@ -19,7 +19,7 @@ from dp_accounting import pld
 from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
 from fedjax_peft import validate
-from fedjax_peft.privacy import events, ledger
+from fedjax_peft.privacy import events, grid_events, ledger
 
 Accountant = Literal["pld", "rdp"]
 
@@ -47,8 +47,8 @@ def epsilon(
     Epsilon >= 0; infinity where a round had no noise; 0 of an empty ledger.
 
   Raises:
-    ValueError: if `delta_dp` is not in (0, 1), or "pld" is asked for a cohort
-      of fixed size, for which only a Renyi bound is known.
+    ValueError: if `delta_dp` is not in (0, 1), or "pld" is asked for an event
+      of which only a Renyi bound is known (all but `events.poisson`).
 
   Example:
     >>> event = events.poisson(multiplier=1.0, rate=0.05)
@@ -65,13 +65,13 @@ def epsilon(
     )
   if accountant == "pld":
     for event, _ in spent.entries:
-      if isinstance(event, events.FixedSize):
+      if not isinstance(event, events.Poisson):
         raise ValueError(
-          "privacy loss distributions of a cohort of fixed size are not known: "
+          "privacy loss distributions are known of Poisson sampling only: "
           f"got {accountant=} for {event}; use accountant='rdp', or "
-          "Poisson sampling"
+          "Poisson sampling and Gaussian noise"
         )
-  if not all(event.multiplier for event, _ in spent.entries):
+  if any(events.is_noiseless(event) for event, _ in spent.entries):
     return math.inf
   if not spent.entries:
     return 0.0
@@ -83,6 +83,8 @@ def epsilon(
 @functools.lru_cache(maxsize=256)
 def _divergences(event: events.Event) -> np.ndarray:
   """Renyi divergences of one round, one an order."""
+  if isinstance(event, events.Skellam):
+    return grid_events.divergences(event, _ORDERS)
   accountant = rdp.RdpAccountant(
     list(_ORDERS), neighboring_relation=events.relation(event)
   )
@@ -116,6 +118,7 @@ def _epsilon_pld(spent: ledger.Ledger, delta_dp: float) -> float:
     events.relation(spent.entries[0][0]), value_discretization_interval=interval
   )
   for event, rounds in spent.entries:
+    assert isinstance(event, events.Poisson)  # the others were refused
     accountant.compose(events.dp_event(event), rounds)
   return float(accountant.get_epsilon(delta_dp))
 

@@ -39,7 +39,7 @@ def calibrate(
     ValueError: if an argument is out of its range, or no noise is enough.
   """
   events.poisson(1.0, rate)
-  return _calibrate(
+  return least(
     lambda z: events.poisson(z, rate),
     target_epsilon,
     delta_dp,
@@ -57,7 +57,7 @@ def calibrate_fixed_size(
 ) -> float:
   """As `calibrate`, for cohorts of fixed size, by Renyi accounting."""
   events.fixed_size(1.0, cohort, population)
-  return _calibrate(
+  return least(
     lambda z: events.fixed_size(z, cohort, population),
     target_epsilon,
     delta_dp,
@@ -66,14 +66,25 @@ def calibrate_fixed_size(
   )
 
 
-def _calibrate(
+def least(
   make: Callable[[float], events.Event],
   target: float,
   delta_dp: float,
   rounds: int,
   accountant: accounting.Accountant,
 ) -> float:
-  """The least multiplier, to 1e-5 of itself, and on the private side."""
+  """The least multiplier, to 1e-5 of itself, and on the private side.
+
+  Args:
+    make: multiplier -> what a round releases.
+    target: epsilon of the whole run, > 0.
+    delta_dp: in (0, 1).
+    rounds: of the whole run.
+    accountant: as in `epsilon`.
+
+  Raises:
+    ValueError: if an argument is out of its range, or no noise is enough.
+  """
   validate.positive(target_epsilon=target)
   validate.at_least(1, rounds=rounds)
   accounting.check_delta(delta_dp)

@@ -75,7 +75,7 @@ def parameters(
   for k in [*range(2, clients - 1, 2), clients - 1]:
     if parted(clients, dropout, corrupt, k) > security:
       continue
-    for t in range(k, 0, -1):
+    for t in range(k, 1, -1):  # with one share nothing is shared
       risk = failure(clients, dropout, corrupt, k, t, lying=lying)
       if risk.recovery > correctness:
         continue

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedjax_peft import validate
-from fedjax_peft.privacy import events
+from fedjax_peft.privacy import events, grid_events
 
 
 class Ledger(NamedTuple):
@@ -26,16 +26,18 @@ def charge(ledger: Ledger, event: events.Event, rounds: int = 1) -> Ledger:
   """Writes rounds into a ledger, to be done before they are released.
 
   Raises:
-    ValueError: if `rounds` is below 1, or the cohort was drawn in another way
+    ValueError: if `rounds` is below 1, or the event is about other neighbours
       than those before, so that no one statement covers both.
   """
   validate.at_least(1, rounds=rounds)
   for other, _ in ledger.entries:
-    if type(other) is not type(event):
+    if events.relation(other) is not events.relation(event):
       raise ValueError(
         f"a ledger of {type(other).__name__} rounds cannot hold a "
         f"{type(event).__name__} round: their guarantees are about different "
-        "neighbours; sample in one way, or keep two ledgers and report both"
+        f"neighbours, {events.neighbours(other)} and "
+        f"{events.neighbours(event)}; sample in one way, or keep two ledgers "
+        "and report both"
       )
   entries = dict(ledger.entries)
   entries[event] = entries.get(event, 0) + rounds
@@ -83,5 +85,7 @@ def _fields(got: Mapping, wanted: set[str], what: str) -> Mapping:
 _MAKERS: dict[str, tuple[Callable[..., events.Event], Any]] = {
   "poisson": (events.poisson, events.Poisson),
   "fixed_size": (events.fixed_size, events.FixedSize),
+  "concentrated": (events.concentrated, events.Concentrated),
+  "skellam": (grid_events.skellam, events.Skellam),
 }
 _NAMES = {kind: name for name, (_, kind) in _MAKERS.items()}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_peft.kernels.mask import api as mask_kernel
@@ -65,35 +66,45 @@ def hold(
       f"{values.dtype}{list(values.shape)} and {len(lost)}"
     )
   heard = listen(known, lost)
+  enough(known, heard)
+  total = _sum(known, key, values, heard)
+  up, down = traffic(known, heard)
+  survivors = np.flatnonzero(heard.arrived[client.STEPS.index("mask")])
+  return conversation.Outcome(total, frozenset(survivors.tolist()), up, down)
+
+
+def listen(known: terms.Terms, lost: Sequence[int] | np.ndarray) -> Heard:
+  """Who sends and is heard in each step, whatever comes of it.
+
+  Args:
+    known: the terms of the round.
+    lost: int [n], as in `hold`.
+  """
+  around = np.array([known.around(i) for i in range(known.clients)])
+  late = np.asarray(lost)
+  sent, arrived = [np.ones(known.clients, bool)], []
+  for step in range(len(client.STEPS)):
+    arrived.append(sent[-1] & (late > step))
+    goes_on = arrived[-1][around].sum(1) >= known.threshold
+    sent.append(arrived[-1] & goes_on)
+  return Heard(around, np.stack(sent[:-1]), np.stack(arrived))
+
+
+def enough(known: terms.Terms, heard: Heard) -> None:
+  """Raises TooFewError unless the sum of those who sent it can be known.
+
+  Args:
+    known: the terms of the round.
+    heard: who said what.
+  """
+  for name, arrived in zip(client.STEPS, heard.arrived, strict=True):
+    terms.need(f"clients that {name}", int(arrived.sum()), 1)
   _, shared, masked, _, revealed = heard.arrived
   near = masked[heard.around].any(1)
   holders = revealed[heard.around].sum(1)
   for i in np.flatnonzero(shared & (masked | near)):
     what = f"shares of client {i}'s {'seed' if masked[i] else 'mask secret'}"
     terms.need(what, int(holders[i]), known.threshold)
-  total = _sum(known, key, values, heard)
-  up, down = traffic(known, heard)
-  return conversation.Outcome(
-    total, frozenset(np.flatnonzero(masked).tolist()), up, down
-  )
-
-
-def listen(known: terms.Terms, lost: Sequence[int]) -> Heard:
-  """Who sends and is heard in each step; arguments and errors as `hold`.
-
-  Args:
-    known: the terms of the round.
-    lost: int [n].
-  """
-  around = np.array([known.around(i) for i in range(known.clients)])
-  late = np.asarray(lost)
-  sent, arrived = [np.ones(known.clients, bool)], []
-  for step, name in enumerate(client.STEPS):
-    arrived.append(sent[-1] & (late > step))
-    terms.need(f"clients that {name}", int(arrived[-1].sum()), 1)
-    enough = arrived[-1][around].sum(1) >= known.threshold
-    sent.append(arrived[-1] & enough)
-  return Heard(around, np.stack(sent[:-1]), np.stack(arrived))
 
 
 def traffic(
@@ -138,7 +149,7 @@ def traffic(
   )
 
 
-_mask_add = jax.jit(mask_kernel.mask_add)
+_mask_add = jax.jit(mask_kernel.mask_add, donate_argnums=0)
 
 
 def _sum(known, key, values, heard):
@@ -154,7 +165,7 @@ def _sum(known, key, values, heard):
 
   def add(q, plus, minus):
     rows = (np.asarray(x, np.int32) for x in (plus, minus))
-    return np.asarray(_mask_add(q, words, *rows, nonce))
+    return np.asarray(_mask_add(jnp.array(q), words, *rows, nonce))
 
   # Everyone's own stream first, then those of pairs, who both shared.
   met = shared[one] & shared[other]
@@ -163,7 +174,9 @@ def _sum(known, key, values, heard):
     np.concatenate([np.arange(n), np.where(met, one, -1)]),
     np.concatenate([nobody, np.where(met, other, -1)]),
   )
-  total = wires[masked].sum(0, dtype=np.uint32)
+  # Those that did not arrive are few; no copy is made of the others.
+  total = wires.sum(0, dtype=np.uint32)
+  total -= wires[~masked].sum(0, dtype=np.uint32)
   left = met & masked[one] & ~masked[other], met & ~masked[one] & masked[other]
   off = np.concatenate([masked, left[0]]), np.concatenate([nobody > 0, left[1]])
   return add(total[None], np.where(off[1], 0, -1), np.where(off[0], 0, -1))[0]
