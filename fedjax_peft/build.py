@@ -123,7 +123,8 @@ def build(run: schema.Config) -> Parts:
       run, population, model, made, also
     )
   else:
-    made, private = _protected(run, population, made, sampler.most(population))
+    most = sampler.most(population)
+    made, private = _protected(run, population, model, made, most)
     before = demand.before(made.work, population)
     again = functools.partial(plan.sampled, sampler, population, before=before)
     cohort = again(run.seed)
@@ -145,11 +146,11 @@ def build(run: schema.Config) -> Parts:
   return configured.governed(run, parts)
 
 
-def _protected(run, population, made, most):
+def _protected(run, population, model, made, most):
   """The algorithm with the private sum that a config says, if it says one."""
   if run.privacy == schema.Privacy():
     return made, None
-  return _protecting().protected(run, population, made, most)
+  return _protecting().protected(run, population, model, made, most)
 
 
 def _protecting():
@@ -188,7 +189,7 @@ def _simulated(run, population, model, made, also):
 
   cohort, private = planned(made), None
   if run.privacy != schema.Privacy():
-    made, private = _protected(run, population, made, cohort.most)
+    made, private = _protected(run, population, model, made, cohort.most)
     cohort = planned(made)  # its messages have other sizes
   return population, made, cohort, private
 

@@ -20,10 +20,12 @@ from fedjax_peft import (
   links,
   objective,
   plan,
+  rules,
   schema,
   summing,
   work,
 )
+from fedjax_peft.links import intrinsic
 from fedjax_peft.privacy import (
   banded,
   calibration,
@@ -70,6 +72,7 @@ def is_private(run: schema.Config) -> bool:
 def protected(
   run: schema.Config,
   population: data.Population,
+  model: objective.Model,
   made: algorithm.Algorithm,
   most: int,
 ) -> tuple[algorithm.Algorithm, mechanism.Mechanism]:
@@ -78,6 +81,7 @@ def protected(
   Args:
     run: the config.
     population: who there is.
+    model: what is trained.
     made: the algorithm without it (but see `by_example`).
     most: clients of a round, at most.
 
@@ -88,7 +92,7 @@ def protected(
   if run.privacy.mechanism == EXAMPLE:
     return made, _of_examples(run, population, made)
   _refuse(run, made)
-  before = link.chain(*_before(run))
+  before = link.chain(*_before(run), *_framed(run, model))
   spec = link.Spec(ingredients.message(made.work), senders=most)
   found = _mechanism(run, population, before.after(spec))
   low, *rest = made.tiers
@@ -294,6 +298,22 @@ def _before(run: schema.Config) -> list[link.Link]:
         "private sum weighs itself (privacy.max_weight)"
       )
   return [chain]
+
+
+def _framed(run: schema.Config, model: objective.Model) -> list[link.Link]:
+  """What measures an adapter by what it changes in its layer, if asked for."""
+  if run.privacy.metric == "factors":
+    return []
+  rule = compose.rule_of(run)
+  if rule is None or rule.name != "ffa":
+    raise ValueError(
+      "a message tells what it changes in a product only where the other "
+      "factor stays as it is: got privacy.metric='product' with aggregate.rule="
+      f"{run.aggregate.rule}; write --set 'aggregate.rule={{method=\"ffa\"}}'"
+    )
+  pairs = rules.bind(rule, model).pairs
+  frames = {pair.b: pair.scale * model.params[pair.a] for pair in pairs}
+  return [intrinsic.frame(frames)]
 
 
 def _refuse(run: schema.Config, made: algorithm.Algorithm) -> None:

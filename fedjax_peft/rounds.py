@@ -340,7 +340,9 @@ def _looked(watch, values, arrived):
   """
   if watch is None:
     return None, arrived
-  seen = jnp.where(arrived[:, None], watch.look(values), 0)
+  seen = jnp.zeros((arrived.size, 2), jnp.int32)
+  if jax.tree.leaves(values):  # else nothing is reported
+    seen = jnp.where(arrived[:, None], watch.look(values), seen)
   return seen, arrived & (seen[:, 0] == 0)
 
 

@@ -325,6 +325,12 @@ class Privacy:
   bands: Count | None = _doc(
     "rounds that banded noise is correlated over (cohort.period)", None
   )
+  metric: Literal["factors", "product"] = _doc(
+    "what is bounded: the numbers that are sent, or what they change in the "
+    "adapters' layers, which is the same however factors are scaled "
+    "(aggregate.rule ffa)",
+    "factors",
+  )
   adaptive: Table = _doc(
     "the bound follows a quantile of what clients send, from clip_norm on, "
     "{quantile=0.5}: (quantile, rate, weight)",

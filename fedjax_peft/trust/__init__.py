@@ -6,7 +6,7 @@ the run goes on, all that clients report is searched for examples that were
 planted for it.
 """
 
-from fedjax_peft.trust.boundary import Boundary, of
+from fedjax_peft.trust.boundary import Boundary, boundaries
 from fedjax_peft.trust.canary import Canaries, plant
 from fedjax_peft.trust.cuts import refuse_plain
 from fedjax_peft.trust.expectation import Expectation, check
@@ -20,9 +20,9 @@ __all__ = [
   "Expectation",
   "Violation",
   "Watch",
+  "boundaries",
   "check",
   "false_alarm",
-  "of",
   "patterns",
   "plant",
   "refuse_plain",

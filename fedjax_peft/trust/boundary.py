@@ -42,7 +42,7 @@ class Boundary(NamedTuple):
     return tree.nbytes(dict(self.wire))
 
 
-def of(
+def boundaries(
   made: algorithm_lib.Algorithm,
   *,
   cohort: int = 1,

@@ -36,7 +36,7 @@ def check(
   A leaf that is placed on the device crosses nothing, whatever is expected.
 
   Args:
-    boundaries: of a run; see `boundary.of`.
+    boundaries: of a run; see `boundary.boundaries`.
     expected: {"up", "down", "notes" or "cut": what may cross there}.
 
   Raises:

@@ -53,8 +53,8 @@ def watched(
   Args:
     made: any algorithm; its notes, pool and updates come after.
     planted: what `canary.plant` planted in the data.
-    model: what is trained; where it is cut, `cuts.refuse_plain` is asked before
-      every round.
+    model: what is trained; if it is a pipeline whose first part computes, that
+      is asked whether it hands examples on (`cuts`) before every round.
 
   Raises:
     ValueError: if the canaries have too few values to be found.

@@ -160,6 +160,7 @@ def test_privacy_shows_mechanism_epsilon_range_and_proof(tiny, capsys):
     ),
     (("privacy.mechanism=banded",), "cohort.sampler=cyclic"),
     (("privacy.mechanism=local", SECURE), "fits no grid"),
+    (("privacy.metric=product",), "the other factor stays as it is"),
     (
       ("privacy.mechanism=example", "aggregate.rule={method='ffa'}"),
       "those of plain fedavg",
@@ -246,6 +247,21 @@ def test_steps_that_hide_examples_are_charged_by_visits(tiny, capsys):
       event, 1e-3, rounds=2 * n, accountant="rdp"
     )
     assert line["train/clipped"] > 0
+
+
+def test_messages_are_clipped_by_what_they_change_in_the_model(tiny, capsys):
+  code, _, _ = fedjax_peft(
+    capsys,
+    *("train", tiny),
+    *arguments(
+      *PRIVATE,
+      *("privacy.metric=product", "aggregate.rule={method='ffa'}", "rounds=2"),
+    ),
+  )
+  assert code == 0
+  lines = plain(tiny.parent / "run/records.jsonl")
+  assert lines[-1]["privacy/released"] == 2
+  assert lines[-1]["train/clients"] > 0
 
 
 def test_local_noise_is_charged_without_sampling(tiny, capsys):

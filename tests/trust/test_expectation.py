@@ -21,7 +21,7 @@ def made_of(job=None, link=None, **options):
 
 def boundaries(job=None, **options):
   told = list(notes.NOTES.values())[:1]
-  return boundary.of(made_of(job, **options), cohort=5, notes=told)
+  return boundary.boundaries(made_of(job, **options), cohort=5, notes=told)
 
 
 def test_every_boundary_is_listed_with_what_crosses_it():
@@ -44,7 +44,7 @@ def test_every_boundary_is_listed_with_what_crosses_it():
 def test_bytes_are_those_that_the_algorithm_counts():
   made = made_of(link=LINK)
   counted = made.bytes(5, traits={}, round=0)
-  for at in boundary.of(made, cohort=5):
+  for at in boundary.boundaries(made, cohort=5):
     tier = at.name.split("'")[1]
     assert at.nbytes == counted[f"{tier}/{at.way}_bytes"]
 

@@ -250,3 +250,15 @@ def test_a_cut_is_asked_again_before_every_round():
     trust.Violation, match="cut between 'device' and 'server' must carry"
   ):
     run(made, model, state=state)
+
+
+def test_who_reports_nothing_may_be_watched():
+  honest = toy.voices()
+  placed = dict.fromkeys(honest.params, "device")
+  silent = honest._replace(
+    placement=placed, finish=lambda carry, sent: ({}, carry)
+  )
+  player = toy.Player(trust.watched(made_of(silent), FOUND), PEOPLE)
+  state, outcome = player.play([OWNER])
+  assert outcome.record["trust/found"] == 0
+  assert state.clients.local["sum"][OWNER].any()
