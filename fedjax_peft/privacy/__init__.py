@@ -9,7 +9,7 @@
 | `keys`, `purpose`, `shamir`; `streams`, `bits` | secrets; masks and fields |
 | `ranges`, `loads`, `proofs`, `tails`; `grid` | sums that cannot wrap |
 | `mechanism`, `distributed`; `charging` | private sums; epsilon of each round |
-| `banded`, `cyclic` | noise that is correlated over rounds, and who then comes |
+| `banded`, `cyclic` | noise correlated over rounds, and who then comes |
 | `examples`, `intrinsic` | steps that hide examples; clipping a product |
 | `accounting`, `ledger`, `events`, `calibration` | epsilon of a run |
 | `grid_noise`, `grid_events` | noise of whole numbers, and what it tells |

@@ -191,7 +191,7 @@ def test_noise_by_every_client_is_accounted_without_sampling(
   kind, tiny, capsys
 ):
   """Its epsilon is near that of a Gaussian on everyone, never below."""
-  code, out, _ = fedjax_peft(
+  code, _, _ = fedjax_peft(
     capsys,
     *("train", tiny),
     *arguments(
