@@ -161,7 +161,10 @@ def _central(bounded, spec, kind, multiplier, event, secure, noise):
   added: list[link.Link] = []
   if kind == "gaussian":
     added.append(noise(std))
-    about = f"Noise of std {std:.6g} is added to the sum."
+    about = (
+      f"Noise of std {std:.6g} is added to the sum, by whoever receives it and "
+      "is trusted with it."
+    )
   return Mechanism(
     link.chain(bounded, *added, carried),
     event(multiplier) if added else None,
