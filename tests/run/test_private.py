@@ -272,8 +272,8 @@ def test_local_noise_is_charged_without_sampling(tiny):
 def test_a_cohort_of_fixed_size_is_accounted_as_what_it_is(tiny):
   _, found = planned(tiny, 2, "cohort.sampler=uniform")
   event = events.fixed_size(1.2, 6, SEEN)
-  for n, record in enumerate(found, 1):
-    assert record["privacy/epsilon"] == accounting.epsilon(
+  for n, line in enumerate(found, 1):
+    assert line["privacy/epsilon"] == accounting.epsilon(
       event, 1e-3, rounds=n, accountant="rdp"
     )
 
