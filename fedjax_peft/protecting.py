@@ -133,6 +133,7 @@ def by_example(
       ("aggregate", run.aggregate != schema.Aggregate()),
       ("attack", bool(run.attack)),
       ("split", run.split != schema.Split()),
+      ("privacy.secure", bool(run.privacy.secure)),
     )
     if value
   ]

@@ -1,5 +1,6 @@
 """Summing: the secure sum that a config asks for."""
 
+import math
 from typing import Literal, NamedTuple
 
 from fedjax_peft import config, links, reduce, schema, validate
@@ -64,7 +65,10 @@ def secure_of(run: schema.Config, most: int) -> mechanism.Secure:
   if how.mode == "protocol":
     mask = _ends(how).link
   fewest = max(1, most - dropout.most_lost(how.wanted, most))
-  return mechanism.Secure(how.bits, mask, how.rotation, how.failure, fewest)
+  corrupt = math.ceil(how.wanted.corrupt * most)
+  return mechanism.Secure(
+    how.bits, mask, how.rotation, how.failure, fewest, corrupt
+  )
 
 
 def reduce_of(run: schema.Config, otherwise: reduce.Reduce) -> reduce.Reduce:

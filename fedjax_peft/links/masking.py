@@ -25,6 +25,7 @@ import numpy as np
 
 from fedjax_peft import link, validate
 from fedjax_peft.kernels.mask import api as mask_kernel
+from fedjax_peft.links import gridding
 
 
 class Pairs(NamedTuple):
@@ -71,13 +72,7 @@ def mask(neighbours: int = 32) -> link.Link:
     )
 
   def init(spec):
-    for path, x in jax.tree_util.tree_leaves_with_path(spec.message):
-      if not jnp.issubdtype(x.dtype, jnp.unsignedinteger):
-        raise ValueError(
-          "mask needs unsigned integers on the wire: got "
-          f"{x.dtype}{list(x.shape)} at {jax.tree_util.keystr(path)}; put "
-          "fixed_point() left of it"
-        )
+    gridding.expect(spec.message, link.MASK)
     return (), ()
 
   def send(message, mine, shared, ctx):

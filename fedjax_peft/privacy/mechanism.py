@@ -36,6 +36,7 @@ class Secure(NamedTuple):
     rotation: values that are rotated together; None: no rotation.
     failure: probability of a wrap that is accepted, see `ranges.plan`.
     fewest: clients that a sum surely holds, or it fails.
+    corrupt: of them, that may tell their noise, which then hides nobody.
   """
 
   bits: int | None = None
@@ -43,6 +44,7 @@ class Secure(NamedTuple):
   rotation: int | None = None
   failure: float = 0.0
   fewest: int = 1
+  corrupt: int = 0
 
 
 class Mechanism(NamedTuple):
@@ -178,10 +180,11 @@ def _central(bounded, spec, kind, multiplier, event, secure, noise):
 def _distributed(bounded, after, kind, multiplier, secure):
   """Noise of whole numbers, by every client."""
   turned, dimension = _turned(after, secure)
+  hidden = secure.fewest - secure.corrupt
   plan, apart, event = distributed.shared(
     kind,
     multiplier,
-    fewest=secure.fewest,
+    fewest=hidden,
     senders=after.senders,
     bound=after.bound,
     dimension=dimension,
@@ -190,7 +193,7 @@ def _distributed(bounded, after, kind, multiplier, secure):
     failure=secure.failure or 1e-9,
   )
   own = integer_noise.integer_noise(kind, plan.noise)
-  std = plan.noise * plan.step * math.sqrt(secure.fewest)
+  std = plan.noise * plan.step * math.sqrt(hidden)
   return Mechanism(
     link.chain(bounded, turned, grid_lib.grid(plan), own, secure.mask),
     event,
@@ -199,8 +202,8 @@ def _distributed(bounded, after, kind, multiplier, secure):
     plan,
     (
       f"Every client adds noise of std {plan.noise:.6g} steps of the grid; "
-      f"of {secure.fewest} or more of them that is {std:.6g} on the sum. With "
-      "fewer the round fails.",
+      f"that of {hidden} who keep theirs secret is {std:.6g} on the sum. "
+      f"A round of fewer than {secure.fewest} reports fails.",
     ),
     fewest=secure.fewest,
   )

@@ -247,6 +247,20 @@ def test_noise_by_every_client_adds_up_to_the_wanted_noise(kind):
   assert not is_std(drawn, it.std * 3 / 2)
 
 
+def test_noise_that_colluders_know_does_not_count():
+  options = {"kind": "skellam", "event": None, "multiplier": 1.5}
+  secure = mechanism.Secure(mask=links.mask(2), fewest=5, failure=1e-6)
+  trusted = made(secure=secure, **options)
+  fewer = made(secure=secure._replace(corrupt=3), **options)
+  # Two hide as much as five did, so each adds more.
+  pairs = ((trusted, 5), (fewer, 2))
+  each = [it.std / it.sensitivity / np.sqrt(n) for it, n in pairs]
+  assert each[1] / each[0] == pytest.approx(np.sqrt(5 / 2), rel=0.02)
+  assert fewer.fewest == 5
+  with pytest.raises(ValueError, match="fewest"):
+    made(secure=secure._replace(corrupt=5), **options)
+
+
 @pytest.mark.parametrize("dimension", [10, 1000, 100_000])
 @pytest.mark.parametrize("multiplier", [0.3, 1.0, 5.0])
 @pytest.mark.parametrize("kind", ["discrete_gaussian", "skellam"])

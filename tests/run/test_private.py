@@ -176,6 +176,7 @@ def test_privacy_shows_mechanism_epsilon_range_and_proof(tiny, capsys):
       ("privacy.mechanism=example", "aggregate.rule={method='ffa'}"),
       "those of plain fedavg",
     ),
+    (("privacy.mechanism=example", SECURE), "beside 'privacy.secure'"),
     (("privacy.mechanism=none",), "neither a mechanism nor a secure sum"),
   ],
 )
