@@ -29,7 +29,7 @@ def load(
   model: objective.Model,
   population: data.Population,
   sizes: traffic.Sizes,
-  more: int = 0,
+  more: tuple[int, int] = (0, 0),
   mixing: np.ndarray | None = None,
 ) -> Callable[..., ledger.Load]:
   """What a round asks of clients; see `World.load`.
@@ -42,7 +42,7 @@ def load(
     model: what is trained.
     population: who there is.
     sizes: bytes of their messages.
-    more: bytes of the notes that each sends.
+    more: bytes that each sends and is sent beside them.
     mixing: [N, N] under gossip, where a client sends to each of its neighbours
       that take part, and hears from each.
   """
@@ -54,7 +54,8 @@ def load(
     each = sizes(traits, number)
     copies = 1 if mixing is None else peers.messages(mixing, ids)
     return asked(ids, count, traits)._replace(
-      up=each["up_bytes"] * copies + more, down=each["down_bytes"] * copies
+      up=each["up_bytes"] * copies + more[0],
+      down=each["down_bytes"] * copies + more[1],
     )
 
   return of

@@ -22,6 +22,7 @@ from fedjax_peft import (
   plan,
   schema,
   splitting,
+  summing,
   traffic,
   validate,
   work,
@@ -121,7 +122,8 @@ def plan_of(
   clustered = _is_clustered(run, made)
   places = 1 if clustered else made.tiers[0].size
   told = hears | also | ({"loss"} & select.reads)
-  more = sum(notes.NOTES[name].nbytes for name in told)
+  said = sum(notes.NOTES[name].nbytes for name in told)
+  up, down = summing.beside(run)
   sizes = traffic.sizes(made, run.cohort.size)
   needs = demand.needs(made.work, model, population)
   if adapt is not None and adapt.needs is not None:
@@ -135,7 +137,9 @@ def plan_of(
     distance=station.distance(
       stand, clients, places, multi.radius(air), run.seed
     ),
-    load=demand.load(made.work, model, population, sizes, more, mixing),
+    load=demand.load(
+      made.work, model, population, sizes, (said + up, down), mixing
+    ),
     needs=needs,
     before=demand.before(made.work, population),
     hops=[] if clustered else _hops(run, made),

@@ -71,6 +71,13 @@ def secure_of(run: schema.Config, most: int) -> mechanism.Secure:
   )
 
 
+def beside(run: schema.Config) -> tuple[int, int]:
+  """Bytes of a client, up and down, beside its report and the model."""
+  if not run.privacy.secure:
+    return 0, 0
+  return dropout.beside(sum_of(run).wanted, run.cohort.size)
+
+
 def reduce_of(run: schema.Config, otherwise: reduce.Reduce) -> reduce.Reduce:
   """The reduction of a config's secure sum; `otherwise` where it needs none."""
   if not run.privacy.secure or sum_of(run).mode != "protocol":

@@ -5,16 +5,18 @@
 
 Adapters beside full fine-tuning, everyone alone, and all data in one place:
 accuracy on what clients held out (all together, and the worst tenth of them),
-bytes of a client in a round, FLOPs and memory of a client's step. The task is
-that of configs/quickstart.toml: the era of a paragraph of a presidential
-message, on a pretrained MiniLM.
+bytes of a client in a round, FLOPs and memory of a client's step. The task, the
+rounds and the rest are those of configs/sotu_minilm.toml, whose first lines
+hold what was measured.
 """
 
 import argparse
 import json
+import pathlib
 import statistics
 import sys
 import time
+import tomllib
 
 import jax
 
@@ -68,37 +70,37 @@ FEW = (
   *("lora", "ia3", "bottleneck", "prefix", "bitfit", "head", "full"),
   *("lora, alone", "lora, centralized"),
 )
+CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "sotu_minilm.toml"
 REAL = {"name": "minilm"}
 TINY = {"name": "encoder", "options": {"vocab": 30522, "width": 32, "heads": 2}}
 
+# Options that replace a value of the file: (table, key).
+GIVEN = {
+  "rounds": ("", "rounds"),
+  "cohort": ("cohort", "size"),
+  "tokens": ("data", "tokens"),
+  "test_clients": ("evaluate", "clients"),
+}
+
 
 def config_of(name: str, options: argparse.Namespace, seed: int):
-  """The config of one method."""
+  """The config of one method: the file's, with what is the method's own."""
+  tree = tomllib.loads(CONFIG.read_text())
   adapters, rate, algorithm = METHODS[name]
-  rate = rate and (options.rate or rate)
-  server = {"optimizer": "sgd"}
-  if rate is not None:
-    server = {"optimizer": "adam", "learning_rate": rate, "eps": 1e-5}
-  return config.parse(
-    {
-      "seed": seed,
-      "rounds": options.rounds,
-      "model": {**(TINY if options.quick else REAL), "peft": adapters},
-      "data": {
-        "name": "sotu",
-        "clients": 1000,
-        "alpha": 0.3,
-        "tokens": options.tokens,
-      },
-      "algorithm": algorithm,
-      "client": {"learning_rate": 0.05, "batch": 4, "steps": 2},
-      "server": server,
-      "cohort": {"size": options.cohort},
-    }
-  )
+  tree |= {"seed": seed, "algorithm": algorithm}
+  tree["model"] = {**(TINY if options.quick else REAL), "peft": adapters}
+  for given, (table, key) in GIVEN.items():
+    value = getattr(options, given)
+    if value is not None:
+      (tree[table] if table else tree)[key] = value
+  if rate is None:
+    tree["server"] = {"optimizer": "sgd"}
+  else:
+    tree["server"]["learning_rate"] = options.rate or rate
+  return config.parse(tree)
 
 
-def run_one(run: schema.Config, options: argparse.Namespace) -> dict:
+def run_one(run: schema.Config) -> dict:
   """Trains and scores one method."""
   begun = time.perf_counter()
   parts = build.build(run)
@@ -107,8 +109,8 @@ def run_one(run: schema.Config, options: argparse.Namespace) -> dict:
     parts.algorithm,
     parts.model,
     parts.data,
-    batch=16,
-    clients=options.test_clients,
+    batch=run.evaluate.batch,
+    clients=run.evaluate.clients,
     settings=settings,
   )
   last: dict = {}
@@ -144,17 +146,17 @@ def main():
   """Runs every method and prints a table."""
   parser = argparse.ArgumentParser(
     description=__doc__.split("\n")[0],
-    epilog="needs: fedjax-peft models prepare minilm; "
-    "fedjax-peft data prepare sotu",
+    epilog=f"what is not given is that of {CONFIG.name}; needs: fedjax-peft "
+    "models prepare minilm; fedjax-peft data prepare sotu",
   )
   add = parser.add_argument
   add("--json", action="store_true", help="JSON on the last line")
   add("--quick", action="store_true", help="a tiny model, to try the script")
-  add("--rounds", type=int, default=6, help="server updates (%(default)s)")
-  add("--cohort", type=int, default=16, help="clients a round (%(default)s)")
+  add("--rounds", type=int, help="server updates")
+  add("--cohort", type=int, help="clients a round")
   add("--seeds", type=int, default=1, help="runs of each (%(default)s)")
-  add("--tokens", type=int, default=64, help="of a paragraph (%(default)s)")
-  add("--test-clients", type=int, default=100, help="tested (%(default)s)")
+  add("--tokens", type=int, help="of a paragraph")
+  add("--test-clients", type=int, help="tested")
   add("--rate", type=float, help="the server's, in place of each method's own")
   add(
     "--only",
@@ -171,8 +173,7 @@ def main():
   )
   for name in METHODS if "all" in options.only else options.only:
     runs = [
-      run_one(config_of(name, options, seed), options)
-      for seed in range(options.seeds)
+      run_one(config_of(name, options, seed)) for seed in range(options.seeds)
     ]
     result[name] = runs
     found = [r["accuracy"] for r in runs]

@@ -87,3 +87,22 @@ def test_the_privacy_benchmark_measures_all_it_promises():
     assert found[name]["seconds"] > 0
     assert found[name]["spread"] >= 0
     assert found[name]["peak_mib"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_methods_are_compared_on_every_axis():
+  found = bench(
+    *("compare_peft.py", "--quick", "--rounds", "1", "--cohort", "4"),
+    *("--test-clients", "4", "--only", "lora", "head", "lora, alone"),
+  )["methods"]
+  (lora,), (head,), (alone,) = (
+    found[k] for k in ("lora", "head", "lora, alone")
+  )
+  assert lora["trained"] > head["trained"]
+  assert lora["up_bytes"] > head["up_bytes"] >= 4 * head["trained"]
+  assert lora["step_flops"] > head["step_flops"] > 0
+  assert lora["step_bytes"] > head["step_bytes"] > 0
+  assert alone["down_bytes"] == 0
+  for one in lora, head, alone:
+    assert 0 <= one["worst_tenth"] <= one["accuracy"] <= 1

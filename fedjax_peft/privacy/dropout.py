@@ -141,6 +141,30 @@ def most_lost(wanted: Risk, clients: int) -> int:
   return int(counts[beyond <= half][0])
 
 
+def beside(wanted: Risk, clients: int) -> tuple[int, int]:
+  """Bytes that a client sends and is sent beside its values and the model.
+
+  Where nobody is lost; a client's place in the ring makes no difference.
+
+  Args:
+    wanted: what may happen.
+    clients: n.
+
+  Raises:
+    ValueError: if so many clients cannot be safe.
+
+  Example:
+    >>> beside(risk(0.05), 1000)
+    (6021, 12809)
+  """
+  ids = np.arange(clients)
+  known = _terms(ids, *ring(wanted, clients), session(0))
+  heard = simulation.listen(known, np.full(clients, len(client.STEPS)))
+  ways = simulation.traffic(known._replace(size=0), heard)
+  up, down = (sum(way.values()) // clients for way in ways)
+  return up, down
+
+
 class Attempt(NamedTuple):
   """What became of one secure sum.
 
@@ -187,13 +211,7 @@ def attempt(
     k, t = ring(wanted, len(ids))
   except ValueError as error:  # known before anyone is asked
     return Attempt(np.ones(len(ids), bool), str(error), record, steps)
-  known = terms.agree(
-    session(number(draw)),
-    tuple(int(i).to_bytes(32, "little") for i in np.sort(ids)),
-    neighbours=k,
-    threshold=t,
-    size=1,
-  )
+  known = _terms(ids, k, t, session(number(draw)))
   order = np.argsort(ids)  # places are in the order of ids
   heard, why = simulation.listen(known, steps[order]), None
   try:
@@ -214,6 +232,17 @@ def attempt(
   lost = np.ones(len(ids), bool)
   lost[order[here]] = False
   return Attempt(lost, why, record, steps)
+
+
+def _terms(ids, neighbours, threshold, session):
+  """What the clients of a sum agree on; how many values is left open."""
+  return terms.agree(
+    session,
+    tuple(int(i).to_bytes(32, "little") for i in np.sort(ids)),
+    neighbours=neighbours,
+    threshold=threshold,
+    size=1,
+  )
 
 
 def number(draw: tuple[int, int, int]) -> int:

@@ -150,3 +150,13 @@ def test_what_is_no_probability_is_refused(lost):
     dropout.risk(lost)
   with pytest.raises(ValueError, match="corrupt must be in"):
     dropout.risk(0.1, corrupt=1.0)
+
+
+def test_what_each_adds_to_its_report_is_known_before_the_round():
+  wanted = dropout.risk(0.0, correctness=0.01, security=1e-6)
+  record = dropout.attempt(wanted, np.arange(30), (0, 0, 0)).record
+  assert record["survived"] == 30
+  up, down = dropout.beside(wanted, 30)
+  for way, each in ("up", up), ("down", down):
+    whole = sum(v for k, v in record.items() if k.endswith(f"_{way}_bytes"))
+    assert whole == 30 * each > 0

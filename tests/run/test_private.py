@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_peft import __main__, build, config, record
+from fedjax_peft import __main__, build, config, record, summing
 from fedjax_peft.privacy import accounting, events
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -301,3 +301,23 @@ def test_what_is_spent_is_said_even_when_a_run_breaks_off(
   assert "no space left" in err
   said = f"epsilon {kept['privacy/epsilon']:.4f} at delta 0.001"
   assert said in " ".join(out.split())
+
+
+def test_a_simulated_network_carries_what_the_secure_sum_adds(tiny):
+  network = (
+    "network.clock={kind='synchronous'}",
+    "network.select={method='poisson', rate=0.5}",
+    "network.radio={kind='wired', up=1e5}",
+    "cohort.sampler=uniform",
+  )
+  quiet = SECURE.replace("dropout=0.1", "dropout=0.0").replace(
+    ", retries=1", ""
+  )
+  _, (plain,) = planned(tiny, 1, *network)
+  parts, (secure,) = planned(tiny, 1, *network, quiet)
+  run = config.load(tiny, [*PRIVATE, quiet])
+  up, down = summing.beside(run)
+  assert min(up, down) > 0
+  # The mask leaves 32 bits a value as they were.
+  added = secure["spent/bytes"] - plain["spent/bytes"]
+  assert added == secure["secure/asked"] * (up + down)
