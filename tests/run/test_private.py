@@ -314,7 +314,7 @@ def test_a_simulated_network_carries_what_the_secure_sum_adds(tiny):
     ", retries=1", ""
   )
   _, (plain,) = planned(tiny, 1, *network)
-  parts, (secure,) = planned(tiny, 1, *network, quiet)
+  _, (secure,) = planned(tiny, 1, *network, quiet)
   run = config.load(tiny, [*PRIVATE, quiet])
   up, down = summing.beside(run)
   assert min(up, down) > 0
