@@ -75,7 +75,7 @@ $(INTEROP_INSTALLED):
 	@touch $@
 
 test-slow: $(PREPARED)-slow
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -259,6 +259,7 @@ def test_folding_wires_equals_adding_what_each_says(link, weighed, tol):
     assert found.weight == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", FOLDED, ids=lambda link: link.name)
 def test_rounds_over_folded_wires_are_near_those_without(link):
   model = toy.net()

@@ -155,6 +155,7 @@ def test_plain_sgd_is_recognized_by_its_behaviour(standard_promotion):
   assert factored.plain_rate(optax.adamw(0.1)) is None
 
 
+@pytest.mark.slow
 def test_a_round_is_differentiable_in_its_static_form(tol):
   model, data = toy.net(), toy.people((3, 2, 4))
   general = fp.fedavg(model, fp.local(optax.sgd(0.1), batch=2))

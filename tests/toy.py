@@ -189,6 +189,19 @@ class Player:
       state, outcome = self.step.run(state, self.base, seated, key)
     return jax.device_get((state, outcome))
 
+  def first(self, turn):
+    """A first round as a plan's turn wants it: (cohort, state, outcome)."""
+    cohort = launch.seat(
+      self.data.train,
+      turn,
+      self.algorithm.work,
+      self.settings,
+      examples=self.examples,
+    )
+    key = jax.random.key(0)
+    played = self.step.run(self.start(), self.base, cohort, key)
+    return cohort, *jax.device_get(played)
+
 
 def same_bits(a, b) -> bool:
   """Equal structure, dtypes and bytes."""

@@ -131,6 +131,7 @@ def loop(rounds, weight, active):
   return shared, own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [None, 2])
 def test_feddpa_is_its_paper_in_a_plain_loop(after, tol):
   module = model("shared", "personal")

@@ -45,6 +45,7 @@ def outcome(name):
   return crowd.loss(state.params, DATA), federation.step.programs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_a_fifth_that_climbs_breaks_the_mean_and_no_robust_reduction(name):
   loss, _ = outcome(name)

@@ -63,6 +63,7 @@ def audited(seen, runs):
   return bound, table.epsilon_accounted(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["client_dp", "local_dp", "distributed_dp"])
 def test_the_accountant_is_above_what_a_canary_proves(name):
   # It fails with probability 0.05 at most, and the key is fixed.
@@ -70,6 +71,7 @@ def test_the_accountant_is_above_what_a_canary_proves(name):
   assert 0 < bound < accounted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["client_dp", "local_dp"])
 def test_half_the_noise_is_found_out(name):
   # Made with half the noise, or a quarter where the canary's two messages are

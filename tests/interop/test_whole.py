@@ -61,6 +61,7 @@ def norms(path):
   return path.endswith("scale")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_base", [True, False])
 def test_a_merged_model_loads_with_the_same_bits(

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("cap", "name"), [("base", "the compiler's baseline"), ("avx2", "AVX2")]
 )

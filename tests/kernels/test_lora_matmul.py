@@ -267,6 +267,7 @@ def test_a_tile_that_waits_for_its_parts_has_no_race(tol):
   assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("platform", "implementation"),
   [("tpu", "pallas_tpu"), ("cuda", "pallas_gpu")],
@@ -281,6 +282,7 @@ def test_every_shape_lowers_for_accelerators(spec, platform, implementation):
   assert ("custom_call" in text) == (spec.name != "no client")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("platform", "implementation"),
   [("tpu", "pallas_tpu"), ("cuda", "pallas_gpu")],

@@ -142,6 +142,7 @@ def test_tpu_kernel_has_no_race(monkeypatch):
   np.testing.assert_array_equal(y, by_openssl(*arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @named(
   "a LoRA leaf",
@@ -158,6 +159,7 @@ def test_kernel_is_lowered_without_the_hardware(spec, platform):
   assert call in lowered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("axes", ["00000", "0----", "-0-0-"])
 def test_vmapped_kernel_is_lowered_without_the_hardware(axes, platform):

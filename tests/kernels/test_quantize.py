@@ -168,6 +168,7 @@ def test_the_tpu_kernels_have_no_races():
   assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize(
   ("bits", "nb", "block"),

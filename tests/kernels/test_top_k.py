@@ -181,6 +181,7 @@ def interpreter():
   return interpret_pallas_call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "implementation"), PLATFORMS)
 @named(specs.SPECS)
 def test_every_shape_lowers_for_accelerators(spec, platform, implementation):
@@ -195,6 +196,7 @@ def test_every_shape_lowers_for_accelerators(spec, platform, implementation):
   assert "custom_call" in lowered.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "implementation"), PLATFORMS)
 def test_batches_lower_for_accelerators(platform, implementation):
   fun = functools.partial(api.top_k, k=7, implementation=implementation)

@@ -411,6 +411,7 @@ def test_two_devices_share_the_values(implementation):
 # Accelerators that are not there.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize(
   ("kernel", "spec"),

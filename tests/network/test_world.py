@@ -431,6 +431,7 @@ def test_weights_of_those_who_report_are_those_of_a_whole(name):
     assert sizes[some] < N
 
 
+@pytest.mark.slow
 def test_a_storm_is_the_same_again_on_any_number_of_lanes():
   first, again, wide = (
     once("storm"),

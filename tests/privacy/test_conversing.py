@@ -8,7 +8,7 @@ import pytest
 
 import fedjax_peft as fp
 import toy
-from fedjax_peft import launch, plan
+from fedjax_peft import plan
 from fedjax_peft.links import masking
 from fedjax_peft.privacy import client, conversing, dropout, keys, securing
 
@@ -44,15 +44,7 @@ def masked():
 
 def play(here, turn):
   """(state, outcome) of a first round."""
-  cohort = launch.seat(
-    DATA.train,
-    turn,
-    here.algorithm.work,
-    here.settings,
-    examples=here.examples,
-  )
-  key = jax.random.key(0)
-  return jax.device_get(here.step.run(here.start(), here.base, cohort, key))
+  return here.first(turn)[1:]
 
 
 def turns(count=20):

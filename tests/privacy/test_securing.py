@@ -8,7 +8,7 @@ import pytest
 
 import fedjax_peft as fp
 import toy
-from fedjax_peft import launch, plan, traffic
+from fedjax_peft import plan, traffic
 from fedjax_peft.links import masking
 from fedjax_peft.privacy import client, conversation, dropout, securing
 
@@ -32,15 +32,7 @@ def player(executor="shard_map", devices=2, mask=True):
 
 def play(here, turn):
   """(state, outcome, bytes) of a first round."""
-  cohort = launch.seat(
-    DATA.train,
-    turn,
-    here.algorithm.work,
-    here.settings,
-    examples=here.examples,
-  )
-  state, key = here.start(), jax.random.key(0)
-  state, outcome = jax.device_get(here.step.run(state, here.base, cohort, key))
+  cohort, state, outcome = here.first(turn)
   crossed = traffic.of_round(
     here.algorithm,
     traffic.sizes(here.algorithm, 7),

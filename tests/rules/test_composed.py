@@ -66,6 +66,7 @@ def heads() -> toy.Player:
   return player(peft.ravan(toy.Net(nnx.Rngs(0)), 1, "up|head", heads=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "make", [pytest.param(cores, id="fed_sb"), pytest.param(heads, id="ravan")]
 )

@@ -22,6 +22,12 @@ COHORT = (0, 3, 5, 7, 9)
 RANKS = (1, 2, 2, 1, 2, 1, 2, 2, 1, 2)
 
 
+def some(quick):
+  """Every rule; those that are not named are for `make test-slow`."""
+  slow = pytest.mark.slow
+  return [n if n in quick else pytest.param(n, marks=slow) for n in RULES]
+
+
 @functools.cache
 def model(residual=True) -> fp.Model:
   net = peft.lora(toy.Net(nnx.Rngs(0)), R, "up|head", residual=residual, seed=1)
@@ -109,6 +115,7 @@ def test_the_base_stays_as_it_is_and_the_loss_falls(name):
   assert last.record["train/loss"] < first.record["train/loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flora", "fedex", "fedrot"])
 @pytest.mark.parametrize("executor", ["debug", "stream"])
 def test_every_executor_gives_the_same(name, executor):
@@ -285,7 +292,7 @@ def test_diagnostics_are_those_of_the_clients():
     np.testing.assert_allclose(a, b, atol=NEAR)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", some(("fedit", "fedex", "rolora")))
 def test_every_rule_can_be_watched_and_is_not_changed_by_it(name):
   new, outcome = player(name, watch=True).play(COHORT, COHORT)
   same, _ = player(name).play(COHORT, COHORT)

@@ -50,6 +50,7 @@ def advised(path):
     return advice.asked(whole, advising.target(bits=(4, 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["splitfed", "frozen", "sequential"])
 def test_advice_as_a_config_is_a_round_that_takes_what_was_said(
   path, advised, scheme

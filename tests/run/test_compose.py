@@ -173,6 +173,7 @@ def test_an_attack_is_built_by_its_name(tiny, table):
   assert "attacker" in parts.algorithm.work.traits
 
 
+@pytest.mark.slow
 def test_the_edges_of_hilora_may_be_found_by_adapters(tiny):
   overrides = (
     f"model.peft=[{PEFT['hilora']}]",

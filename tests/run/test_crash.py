@@ -91,6 +91,7 @@ def test_a_run_killed_again_and_again_resumes_bit_for_bit(
   assert plain(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_saved_and_resumes(reference, tmp_path, start):
   path, expected = reference
   arguments = ["train", path, "--out", tmp_path]
@@ -117,6 +118,7 @@ def mounted(folder):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount")
 def test_a_run_on_a_full_disk_says_so_and_loses_nothing(
   reference, tmp_path, start

@@ -77,6 +77,7 @@ def refused(capsys, *arguments):
   return err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1, 5, 11])
 def test_a_client_gets_its_head_and_its_rank_of_the_adapter(
   trained, learned, capsys, tmp_path, place

@@ -91,6 +91,7 @@ def written(run, out, *options):
   return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--merged",), ("--client", "3")])
 def test_a_cut_run_is_written_as_the_same_run_undivided(
   trained, tmp_path, options, tol

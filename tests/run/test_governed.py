@@ -101,6 +101,7 @@ def test_poisoned_rounds_are_taken_back_and_told(governed):
   assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit_and_its_log_says_so(
   governed, tmp_path, start
 ):

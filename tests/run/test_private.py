@@ -198,6 +198,7 @@ def test_a_clip_norm_must_be_said(tiny, capsys):
   assert "privacy.clip_norm is missing" in err
 
 
+@pytest.mark.slow
 def test_noise_by_every_client_is_accounted_without_sampling(tiny, capsys):
   """Its epsilon is near that of a Gaussian on everyone, never below."""
   code, _, _ = fedjax_peft(
@@ -235,6 +236,7 @@ def test_banded_noise_charges_one_event_a_period(tiny):
   np.testing.assert_allclose(told, [one] * 3 + [two] * 3, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_steps_that_hide_examples_are_charged_by_visits(tiny, capsys):
   code, _, _ = fedjax_peft(
     capsys,

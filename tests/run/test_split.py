@@ -399,6 +399,7 @@ def batches_of(size, batch=4, steps=5):
   return (one * steps)[:steps]
 
 
+@pytest.mark.slow
 def test_a_run_whose_links_go_counts_them_and_goes_on(trained):
   lines, tables = trained(OUTAGE)
   for line, table in zip(lines, tables, strict=True):
@@ -412,6 +413,7 @@ def test_a_run_whose_links_go_counts_them_and_goes_on(trained):
   assert lines[1]["train/loss"] != whole[1]["train/loss"]
 
 
+@pytest.mark.slow
 def test_an_outage_that_never_comes_changes_nothing(trained):
   never, tables = trained(OUTAGE.replace("0.3", "0.0"))
   whole, others = trained()
