@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       by one with the environment that a stream per core needs.
 
   Returns:
-    The exit code: 0 done, 2 refused, 130 interrupted.
+    The exit code: 0 done, 2 refused, 130 interrupted, 141 nobody reads on.
   """
   parser = _parser()
   options = parser.parse_args(argv)
@@ -36,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.print_help()
     return 2
   try:
-    return options.run(options, alone=argv is None)
+    code = options.run(options, alone=argv is None)
+    sys.stdout.flush()
+    return code
+  except BrokenPipeError:  # who reads has seen enough, as `| head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141  # 128 + SIGPIPE, as shells say it
   except KeyboardInterrupt:
     print("interrupted; what was saved is kept", file=sys.stderr)
     return 130

@@ -392,3 +392,11 @@ def test_a_wrong_number_of_streams_is_refused(tiny, told, monkeypatch):
   run = schema.Config(model=schema.Model(name="a"), data={"name": "b"})
   with pytest.raises(ValueError, match=f"number >= 1, got '{told}'"):
     __main__._streams(run, resume=False)
+
+
+def test_who_stops_reading_ends_a_command_without_a_word(start):
+  child = start("methods")
+  child.stdout.close()
+  assert child.wait(timeout=120) == 141
+  assert child.stderr.read() == ""
+  child.stderr.close()
