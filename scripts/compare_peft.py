@@ -67,8 +67,13 @@ METHODS = {
 # What is compared unless --only says otherwise: one of each family, and what
 # they are compared with, in less than ten minutes.
 FEW = (
-  *("lora", "ia3", "bottleneck", "prefix", "bitfit", "head", "full"),
-  *("lora, alone", "lora, centralized"),
+  "lora",
+  "ia3",
+  "prefix",
+  "head",
+  "full",
+  "lora, alone",
+  "lora, centralized",
 )
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "sotu_minilm.toml"
 REAL = {"name": "minilm"}
