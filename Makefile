@@ -22,7 +22,7 @@ PREPARED := $(FEDJAX_PEFT_HOME)/prepared-$(ENV)
 
 help:
 	@echo "make quickstart  set up, then fine-tune MiniLM across 1,000 clients"
-	@echo "make test        set up, then lint, types and the tests (23 minutes)"
+	@echo "make test        set up, then lint, types and the tests (25 minutes)"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs without any"
 	@echo "make test-slow   the tests that are too slow for make test"
 	@echo "make interop-env PyTorch and Hugging Face PEFT, for some of these"

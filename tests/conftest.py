@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # the threads of one process (the command's own streams are tested apart).
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs of tests run for milliseconds and compile for seconds, so that they
-# are compiled in a hurry, a third as long; TEST_XLA_FLAGS="" compiles them as
+# are compiled in a hurry, in less than half; TEST_XLA_FLAGS="" compiles them as
 # users do, and so do benchmarks and the commands of BUILD.md.
 # The instruction set is named too: it is what rounds and contracts, and decides
 # which programs agree to the last bit; this one has no multiply-add, which one
